@@ -1,0 +1,48 @@
+"""Every layout, by name. Adding one: a file here, and its module in `_MODULES`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+
+from tightship.errors import UsageError
+from tightship.layout import Layout
+
+_MODULES = ("affine",)
+for _module in _MODULES:
+    importlib.import_module(f"tightship.formats.layouts.{_module}")
+
+_INT = re.compile(r"int(?P<bits>[2-8])(?:-(?:g(?P<group>[1-9]\d*)|(?P<channel>channel)))?(?P<asym>-asym)?")
+
+
+def _named() -> dict[str, dict[str, object]]:
+    """Fixed words of the grammar. GGML names that an affine layout says exactly are that layout."""
+    return {
+        "q8_0": {"kind": "affine", "bits": 8},
+        "q5_0": {"kind": "affine", "bits": 5},
+        "q4_0": {"kind": "affine", "bits": 4},
+    }
+
+
+def parse_layout(word: str) -> Layout:
+    """The layout of a word of the contract's grammar (`int4-g32-asym`, `q4_k`, ...).
+
+    Raises:
+        UsageError: no such layout; the message suggests the nearest names.
+    """
+    text = word.strip().lower()
+    match = _INT.fullmatch(text)
+    if match:
+        group = 0 if match["channel"] else int(match["group"] or 32)
+        return Layout.from_json(
+            {"kind": "affine", "bits": int(match["bits"]), "group_size": group, "symmetric": not match["asym"]}
+        )
+    named = _named()
+    if text in named:
+        return Layout.from_json(named[text])
+    near = difflib.get_close_matches(text, [*named, "int4", "int8", "int4-g32-asym"], n=3)
+    raise UsageError(
+        f"layout {word!r} is unknown" + (f"; did you mean {', '.join(near)}?" if near else ""),
+        hint="layouts are int2..int8[-gN|-channel][-asym] and " + ", ".join(named),
+    )
