@@ -1,0 +1,135 @@
+"""The pass contract: what a pass needs, keeps and destroys, declared; the runner checks it.
+
+A pass is a frozen spec with one verb, `apply(checkpoint, run) -> Checkpoint`. It changes nothing in place. It returns
+the checkpoint it was given where nothing is to be done.
+
+Properties that travel (`preserves`, `destroys` and `makes` are sets of these words):
+
+| property  | meaning                                                            |
+|-----------|--------------------------------------------------------------------|
+| structure | layer count and widths                                             |
+| mask      | zeros that a pruning pass made                                     |
+| grid      | weights lie on a quantization grid                                 |
+| ties      | tensors that share data                                            |
+| factors   | low-rank factors                                                   |
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from tightship.checkpoint import Checkpoint
+from tightship.errors import UsageError
+from tightship.target import Progress, no_progress
+
+PROPERTIES = frozenset({"structure", "mask", "grid", "ties", "factors"})
+Needs = Literal["nothing", "calibration", "gradients", "model"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a pass gets from the runner.
+
+    Attributes:
+        seed: for every random choice; a pass derives its own generator from it.
+        device: `cpu` or `cuda`.
+        threads: threads a pass may use.
+        inputs: named inputs (`teacher`, `data`) as the recipe gave them: Checkpoints or texts.
+        texts: calibration documents, or () where the pass needs none.
+        scratch: directory for resumable state of this stage, or None.
+        progress: called as progress(what, done, total).
+    """
+
+    seed: int = 0
+    device: str = "cpu"
+    threads: int = 1
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    texts: tuple[str, ...] = ()
+    scratch: Any = None
+    progress: Progress = no_progress
+
+
+class Pass(ABC):
+    """Checkpoint -> Checkpoint. Subclasses are frozen, keyword-only dataclasses; their fields are the recipe's `with`.
+
+    Class attributes:
+        name: the recipe's `use`.
+        revision: raised whenever the same inputs would give other bytes.
+        needs: what the runner must provide; `nothing` marks a data-free pass.
+        per_tensor: each output tensor depends on the tensor of the same name alone; such passes are streamed, not stored.
+        makes, destroys: properties. What is not destroyed is preserved.
+    """
+
+    name: ClassVar[str]
+    revision: ClassVar[int] = 1
+    needs: ClassVar[Needs] = "nothing"
+    per_tensor: ClassVar[bool] = False
+    makes: ClassVar[frozenset[str]] = frozenset()
+    destroys: ClassVar[frozenset[str]] = frozenset()
+    registry: ClassVar[dict[str, type[Pass]]] = {}
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        name = cls.__dict__.get("name")
+        if name is None:
+            return
+        unknown = (cls.makes | cls.destroys) - PROPERTIES
+        if unknown:
+            raise TypeError(f"pass {name}: unknown properties {sorted(unknown)}")
+        if name in Pass.registry and Pass.registry[name].__qualname__ != cls.__qualname__:
+            raise TypeError(f"pass {name!r} is already taken by {Pass.registry[name].__qualname__}")
+        Pass.registry[name] = cls
+
+    def requires(self, checkpoint: Checkpoint) -> None:  # noqa: B027 - optional hook
+        """Refuse, from names and shapes alone, what `apply` could not do.
+
+        Raises:
+            Unsupported, UsageError: with the tensor's name.
+        """
+
+    @abstractmethod
+    def apply(self, checkpoint: Checkpoint, run: Run) -> Checkpoint:
+        """The new checkpoint."""
+
+    def outline(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The result as far as it is known without data: config, names, shapes, layouts. Weights may not be readable.
+
+        The plan walks these, so that `--dry-run` and the run share one path. Passes that change neither names, shapes
+        nor layouts inherit this.
+        """
+        return checkpoint
+
+    def ensures(self, before: Checkpoint, after: Checkpoint) -> None:  # noqa: B027 - optional hook
+        """Check the result (exact sparsity, grids intact).
+
+        Raises:
+            GateFailed: the pass did not do what it declares.
+        """
+
+
+def check_order(passes: list[Pass], *, allow: bool = False) -> list[str]:
+    """Refuse a pass that destroys what an earlier one made.
+
+    Returns the complaints, when `allow` (`--allow-order`) lets them through.
+
+    Raises:
+        UsageError: naming both passes, the property and an order that holds.
+    """
+    complaints = []
+    made: dict[str, str] = {}
+    for step in passes:
+        for lost in sorted(step.destroys & made.keys()):
+            complaints.append(f"{step.name} would destroy the {lost} that {made[lost]} made")
+        for prop in step.destroys:
+            made.pop(prop, None)
+        made.update(dict.fromkeys(step.makes, step.name))
+    if complaints and not allow:
+        raise UsageError(
+            f"the order of passes undoes earlier work: {'; '.join(complaints)}",
+            hint="an order that holds: drop-layers, prune-structured, low-rank or distill, prune, recover, "
+            "smooth or rotate before any mask, quantize last; --allow-order overrides",
+        )
+    return complaints

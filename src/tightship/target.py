@@ -1,0 +1,132 @@
+"""What is asked of a container, what it answers, and what lies in one artifact directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from tightship.checkpoint import Checkpoint
+from tightship.layout import Layout
+
+CONTAINERS = ("gguf", "onnx", "safetensors")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One `--to CONTAINER[:SCHEME]`. No scheme: carry what the passes left. `options` is the recipe's `with`."""
+
+    container: str
+    scheme: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """`CONTAINER[-SCHEME]`, also the directory's name."""
+        return f"{self.container}-{self.scheme}" if self.scheme else self.container
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The container stores this weight exactly, as `storage` (its own word, such as Q4_0 or MatMulNBits), in `nbytes`."""
+
+    storage: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The container cannot store this weight exactly; `nearest` names layouts that it could."""
+
+    reason: str
+    nearest: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor of one target.
+
+    Attributes:
+        name: on-disk name in the checkpoint.
+        stored_as: name in the artifact.
+        shape: logical shape, (out, in) for matrices.
+        layout: layout word (`int4-g32`, `bf16`).
+        storage: the container's own word.
+        nbytes: bytes in the file, without alignment.
+        reason: why this layout, one phrase.
+    """
+
+    name: str
+    stored_as: str
+    shape: tuple[int, ...]
+    layout: str
+    storage: str
+    nbytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class TargetPlan:
+    """Everything an export will do, known without data. `notes` are remarks for the user."""
+
+    target: Target
+    tensors: tuple[TensorPlan, ...]
+    file_bytes: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per logical element, scales included."""
+        elements = 0
+        for tensor in self.tensors:
+            count = 1
+            for extent in tensor.shape:
+                count *= extent
+            elements += count
+        return 8 * sum(t.nbytes for t in self.tensors) / max(elements, 1)
+
+
+Progress = Callable[[str, int, int], None]
+"""progress(what, done, total): called often, drawn by the caller."""
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """The default: say nothing."""
+
+
+class Exporter(Protocol):
+    """One container. Both methods see the same checkpoint: as the passes left it."""
+
+    container: str
+
+    def layout_for(self, checkpoint: Checkpoint, target: Target) -> Mapping[str, Layout | str]:
+        """What a quantizing scheme wants of each tensor; empty without a scheme.
+
+        The pipeline solves those layouts (data-free or calibrated) before `plan` and `export` see the checkpoint.
+
+        Raises:
+            Unsupported: unknown scheme, or one this family cannot have.
+        """
+
+    def plan(self, checkpoint: Checkpoint, target: Target) -> TargetPlan:
+        """What would be written. Reads no tensor data.
+
+        Raises:
+            Unsupported: a tensor that the container cannot hold exactly; the message names the nearest layouts.
+        """
+
+    def export(self, checkpoint: Checkpoint, plan: TargetPlan, directory: Path, progress: Progress) -> list[str]:
+        """Write the artifact into an existing empty directory; return the relative names written."""
+
+
+def sorted_files(directory: Path) -> list[str]:
+    """Relative POSIX names of all files below a directory, sorted."""
+    return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
+
+
+def total_bytes(directory: Path, names: Iterable[str]) -> int:
+    return sum((directory / name).stat().st_size for name in names)
+
+
+Names = Sequence[str]
