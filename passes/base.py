@@ -59,7 +59,7 @@ class Pass(ABC):
         name: the recipe's `use`.
         revision: raised whenever the same inputs would give other bytes.
         needs: what the runner must provide; `nothing` marks a data-free pass.
-        per_tensor: each output tensor depends on the tensor of the same name alone; such passes are streamed, not stored.
+        per_tensor: each output tensor depends on the tensor of the same name alone; streamed to all targets, not stored.
         makes, destroys: properties. What is not destroyed is preserved.
     """
 
@@ -121,8 +121,8 @@ def check_order(passes: list[Pass], *, allow: bool = False) -> list[str]:
     complaints = []
     made: dict[str, str] = {}
     for step in passes:
-        for lost in sorted(step.destroys & made.keys()):
-            complaints.append(f"{step.name} would destroy the {lost} that {made[lost]} made")
+        lost = sorted(step.destroys & made.keys())
+        complaints += [f"{step.name} would destroy the {prop} that {made[prop]} made" for prop in lost]
         for prop in step.destroys:
             made.pop(prop, None)
         made.update(dict.fromkeys(step.makes, step.name))

@@ -35,7 +35,7 @@ class TensorRule:
         gguf: the GGUF name with `{i}`, or None where GGUF has no place for it (dropped there on purpose).
         optional: may be absent.
         transposed: stored (in, out) on disk (GPT-2's Conv1D); turned on opening and turned back on writing.
-        transform: what GGUF wants done, a word the GGUF exporter knows (`rope_permute_q`, `rope_permute_k`, `plus_one`).
+        transform: what GGUF wants done, a word the GGUF exporter knows (`rope_permute_q`, `plus_one`, ...).
     """
 
     disk: str

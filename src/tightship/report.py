@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -63,7 +64,7 @@ def judge(
     extra: Mapping[str, Any] | None = None,
 ) -> Check:
     """Build a check and its verdict. A missing or non-finite value fails whatever the threshold."""
-    finite = value is not None and value == value and abs(value) != float("inf")
+    finite = value is not None and math.isfinite(value)
     verdict: Verdict = "pass"
     if not finite:
         verdict, reason = "fail", reason or f"{metric} is not a finite number"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +29,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Exact:
-    """The container stores this weight exactly, as `storage` (its own word, such as Q4_0 or MatMulNBits), in `nbytes`."""
+    """The container stores this weight exactly: `storage` is its own word (Q4_0, MatMulNBits), `nbytes` the size."""
 
     storage: str
     nbytes: int
@@ -87,6 +87,23 @@ class TargetPlan:
         return 8 * sum(t.nbytes for t in self.tensors) / max(elements, 1)
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        files: relative names, sorted.
+        main: the file a runtime opens (`NAME.gguf`, `model.onnx`, `model.safetensors` or its index).
+        graph_source: for ONNX, which candidate's graph was chosen, and why; None elsewhere.
+        details: remarks for the report (fallbacks counted, candidates refused).
+    """
+
+    files: tuple[str, ...]
+    main: str
+    graph_source: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
 Progress = Callable[[str, int, int], None]
 """progress(what, done, total): called often, drawn by the caller."""
 
@@ -116,8 +133,8 @@ class Exporter(Protocol):
             Unsupported: a tensor that the container cannot hold exactly; the message names the nearest layouts.
         """
 
-    def export(self, checkpoint: Checkpoint, plan: TargetPlan, directory: Path, progress: Progress) -> list[str]:
-        """Write the artifact into an existing empty directory; return the relative names written."""
+    def export(self, checkpoint: Checkpoint, plan: TargetPlan, directory: Path, progress: Progress) -> Exported:
+        """Write the artifact into an existing empty directory."""
 
 
 def sorted_files(directory: Path) -> list[str]:
@@ -127,6 +144,3 @@ def sorted_files(directory: Path) -> list[str]:
 
 def total_bytes(directory: Path, names: Iterable[str]) -> int:
     return sum((directory / name).stat().st_size for name in names)
-
-
-Names = Sequence[str]
