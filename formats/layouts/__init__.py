@@ -9,9 +9,11 @@ import re
 from tightship.errors import UsageError
 from tightship.layout import Layout
 
-_MODULES = ("affine",)
+_MODULES = ("affine", "ggml_affine")
 for _module in _MODULES:
     importlib.import_module(f"tightship.formats.layouts.{_module}")
+
+_GGML = ("q4_1", "q5_1")
 
 _INT = re.compile(r"int(?P<bits>[2-8])(?:-(?:g(?P<group>[1-9]\d*)|(?P<channel>channel)))?(?P<asym>-asym)?")
 
@@ -22,7 +24,7 @@ def _named() -> dict[str, dict[str, object]]:
         "q8_0": {"kind": "affine", "bits": 8},
         "q5_0": {"kind": "affine", "bits": 5},
         "q4_0": {"kind": "affine", "bits": 4},
-    }
+    } | {kind: {"kind": kind} for kind in _GGML}
 
 
 def parse_layout(word: str) -> Layout:

@@ -1,0 +1,48 @@
+"""What all GGML block layouts share: no options, a fixed block, and arrays counted in blocks."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from tightship.layout import ArraySpec, Layout
+
+
+class GgmlLayout(Layout):
+    """A GGML type as a layout: `kind` and `name` are the lower-case GGML name.
+
+    Class attributes:
+        width: columns of one block.
+        code_dtype: dtype of `codes`, one a column.
+        parameters: array name -> (dtype, entries in one block); its shape is (rows, blocks * entries).
+        zero: whether 0.0 is sayable in every block.
+    """
+
+    width: ClassVar[int]
+    code_dtype: ClassVar[type[np.integer]]
+    parameters: ClassVar[dict[str, tuple[type[np.generic], int]]]
+    zero: ClassVar[bool]
+
+    @property
+    def name(self) -> str:
+        return self.kind
+
+    @property
+    def block(self) -> int:
+        return self.width
+
+    @property
+    def keeps_zero(self) -> bool:
+        return self.zero
+
+    def array_specs(self, shape: tuple[int, int]) -> dict[str, ArraySpec]:
+        rows, cols = shape
+        blocks = self.blocks_per_row(cols)
+        specs = {"codes": ArraySpec(np.dtype(self.code_dtype), (rows, cols))}
+        for key, (dtype, entries) in self.parameters.items():
+            specs[key] = ArraySpec(np.dtype(dtype), (rows, blocks * entries))
+        return specs
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind}
