@@ -59,7 +59,7 @@ class Pass(ABC):
         name: the recipe's `use`.
         revision: raised whenever the same inputs would give other bytes.
         needs: what the runner must provide; `nothing` marks a data-free pass.
-        per_tensor: each output tensor depends on the tensor of the same name alone; streamed to all targets, not stored.
+        per_tensor: an output tensor depends on the tensor of its name alone; streamed to all targets, not stored.
         makes, destroys: properties. What is not destroyed is preserved.
     """
 
