@@ -1,0 +1,5 @@
+"""`python -m tightship`."""
+
+from tightship.cli import main
+
+main()
