@@ -1,4 +1,4 @@
-"""Which room may see which: formats see the core; passes and exporters see formats; validators see formats and exporters."""
+"""Which room may see which: formats the core; passes and exporters also formats; validators also exporters."""
 
 from __future__ import annotations
 
@@ -47,7 +47,11 @@ def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
 
 
 def rooms_seen(names: set[str]) -> set[str]:
-    return {parts[1] for name in names if (parts := name.split("."))[0] == "tightship" and len(parts) > 1 and parts[1] in ROOMS}
+    return {
+        parts[1]
+        for name in names
+        if (parts := name.split("."))[0] == "tightship" and len(parts) > 1 and parts[1] in ROOMS
+    }
 
 
 @pytest.mark.parametrize("room", ROOMS)
