@@ -83,7 +83,7 @@ def test_hanging_runtime_is_killed_with_its_children(tmp_path: Path) -> None:
 
 
 def _running(mark: str) -> bool:
-    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     return any(line.endswith(mark) for line in listing.splitlines())
 
 
