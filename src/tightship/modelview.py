@@ -1,0 +1,243 @@
+"""A checkpoint as a torch module: the only place that makes one.
+
+Names in a `Checkpoint` are the on-disk ones. transformers renames and fuses on loading (Mixtral's experts become one
+3-D parameter), so loading goes through transformers' own conversion and this module keeps the books: every tensor
+that is given must land, and every parameter must have been given.
+
+Arithmetic is float32, attention and experts are the plain ("eager") implementations, dropout is off. That is "the
+original" of docs/contract.md when the weights are the source's, and "the compressed checkpoint" when they are packed
+ones, decoded by `Weight.value()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tightship.checkpoint import Checkpoint
+from tightship.errors import Malformed, Unsupported
+from tightship.weights import Alias
+
+if TYPE_CHECKING:
+    import torch
+
+# Keys of config.json that would start code, kernels or quantizers of their own; none says what the model computes.
+_CONFIG_KEYS_LEFT_OUT = frozenset(
+    {
+        "_attn_implementation",
+        "_experts_implementation",
+        "attn_implementation",
+        "auto_map",
+        "experts_implementation",
+        "fusion_config",
+        "quantization_config",
+        "transformers_weights",
+    }
+)
+_ROWS_AT_ONCE = 8
+
+
+class ModelView:
+    """The torch side of one checkpoint. Built on first use, then kept.
+
+    Args:
+        checkpoint: the model at rest; its weights may be packed.
+        threads: torch threads while this view computes, or None to leave the process setting alone.
+        device: `cpu` or `cuda`; where the module lives.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, threads: int | None = None, device: str = "cpu") -> None:
+        self.checkpoint = checkpoint
+        self.threads = threads
+        self.device = device
+        self._module: Any = None
+
+    def module(self) -> Any:
+        """The whole model: float32, eager, eval, ties honoured. The same object at every call.
+
+        Changing its parameters in place does not touch the checkpoint.
+
+        Raises:
+            Malformed: tensors missing, unexpected, of another shape, or swallowed on the way; named.
+            Unsupported: transformers has no such class.
+        """
+        if self._module is None:
+            self._module = build_module(self.checkpoint, self._tensors()).to(self.device)
+        return self._module
+
+    def outputs(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray | None = None,
+        position_ids: np.ndarray | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Run the model on `input_ids` (batch, sequence) int64, a few rows at a time.
+
+        Returns float32 arrays: `logits` (batch, sequence, vocabulary), or (batch, labels) for classifiers, and
+        `last_hidden_state` (batch, sequence, hidden) for encoders; masked language models give both.
+        """
+        import torch
+
+        module = self.module()
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        given = {k: torch.from_numpy(np.asarray(v, np.int64)) for k, v in inputs.items() if v is not None}
+        parts: dict[str, list[np.ndarray]] = {}
+        with self.computing():
+            for start in range(0, len(input_ids), _ROWS_AT_ONCE):
+                batch = {k: v[start : start + _ROWS_AT_ONCE].to(self.device) for k, v in given.items()}
+                for key, value in self._forward(module, batch).items():
+                    parts.setdefault(key, []).append(value.float().cpu().numpy())
+        return {key: np.concatenate(values) for key, values in parts.items()}
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """No gradients, and this view's thread count, for the duration."""
+        import torch
+
+        before = torch.get_num_threads()
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            torch.set_num_threads(before)
+
+    def _forward(self, module: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        masked = self.checkpoint.architecture.task == "fill-mask"
+        cache = {"use_cache": False} if hasattr(module.config, "use_cache") and module.can_generate() else {}
+        found = module(**batch, **cache, output_hidden_states=masked, return_dict=True)
+        wanted = {key: found[key] for key in ("logits", "last_hidden_state") if key in found}
+        if masked and "last_hidden_state" not in wanted:
+            wanted["last_hidden_state"] = found["hidden_states"][-1]
+        return wanted
+
+    def _tensors(self) -> dict[str, np.ndarray]:
+        """float32 copies under on-disk names, as stored on disk (Conv1D matrices turned back). Aliases share."""
+        infos = self.checkpoint.infos()
+        arrays: dict[str, np.ndarray] = {}
+        for name, weight in self.checkpoint.weights.items():
+            if any(fnmatch.fnmatch(name, pattern) for pattern in self.checkpoint.architecture.ignored):
+                continue
+            if not isinstance(weight, Alias):
+                turned = name in infos and infos[name].rule.transposed
+                value = weight.value()
+                arrays[name] = np.array(value.T if turned else value, np.float32, order="C")
+        for name, weight in self.checkpoint.weights.items():
+            if isinstance(weight, Alias):
+                arrays[name] = arrays[_owner(self.checkpoint, name)]
+        return arrays
+
+
+def build_module(checkpoint: Checkpoint, arrays: Mapping[str, np.ndarray]) -> Any:
+    """transformers' module of a checkpoint, filled with `arrays` (on-disk names and orientation), books checked.
+
+    Raises:
+        Malformed, Unsupported: see `ModelView.module`.
+    """
+    import torch
+
+    model_class = _model_class(checkpoint)
+    state = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    with _quiet():
+        try:
+            module, info = model_class.from_pretrained(
+                None,
+                config=_config(checkpoint.config),
+                state_dict=state,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                experts_implementation="eager",
+                output_loading_info=True,
+            )
+        except RuntimeError as error:  # shapes that differ, or experts that cannot be stacked
+            raise Malformed(
+                f"transformers cannot load these tensors into {model_class.__name__}: {_first_line(error)}",
+                hint="a tensor is missing, surplus, or of another shape than config.json says",
+            ) from error
+    _check_books(module, info, state)
+    return module.eval()
+
+
+def _check_books(module: Any, info: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> None:
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    faults = [f"missing: {', '.join(missing[:8])}"] if missing else []
+    faults += [f"unexpected: {', '.join(unexpected[:8])}"] if unexpected else []
+    faults += [str(error) for error in info["error_msgs"]]
+    if faults:
+        raise Malformed(
+            f"{type(module).__name__} and the checkpoint do not match; {'; '.join(faults)}",
+            tensor=(missing or unexpected or [None])[0],
+            hint="the weights and config.json do not belong together",
+        )
+    # transformers keeps lists of names that it drops or makes up without a word; counting elements sees those too.
+    given = _elements(state.values())
+    held = _elements(module.state_dict().values())
+    if given != held:
+        raise Malformed(
+            f"{type(module).__name__} holds {held} elements, the checkpoint gave {given}: "
+            "some tensors were dropped, made up or tied on loading",
+            hint="compare tie_word_embeddings in config.json with the stored tensors",
+        )
+
+
+def _elements(tensors: Any) -> int:
+    """Elements of distinct tensors; shared storage counts once."""
+    return sum({(t.data_ptr(), t.shape): t.numel() for t in tensors}.values())
+
+
+def _owner(checkpoint: Checkpoint, name: str) -> str:
+    checkpoint.resolve(name)  # refuses circles and dangling names
+    weight = checkpoint.weights[name]
+    while isinstance(weight, Alias):
+        name = weight.owner
+        weight = checkpoint.weights[name]
+    return name
+
+
+def _config(config: Mapping[str, Any]) -> Any:
+    """The config class's object of a raw config.json. No code is fetched and none comes from the file."""
+    from transformers import CONFIG_MAPPING
+
+    kept = {key: value for key, value in config.items() if key not in _CONFIG_KEYS_LEFT_OUT}
+    try:
+        return CONFIG_MAPPING[config["model_type"]].from_dict(kept)
+    except KeyError as error:
+        raise Unsupported(f"this transformers has no model type {config.get('model_type')!r}") from error
+
+
+def _model_class(checkpoint: Checkpoint) -> Any:
+    """The class that config.json names, if the family's data lists it."""
+    import transformers
+
+    known = checkpoint.architecture.classes
+    named = [c for c in checkpoint.config.get("architectures") or [] if c in known]
+    name = (named or list(known))[0]
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise Unsupported(f"this transformers has no class {name}", hint="install a transformers that has it")
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars or load reports of transformers on stderr; what they say is checked here instead."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
