@@ -7,9 +7,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
-
 from tightship.formats.layouts import parse_layout
 from tightship.formats.packings.matmul_nbits import NBits, nbits_for, pack, unpack, values
+
 from tightship.target import Refused
 
 
