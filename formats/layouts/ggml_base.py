@@ -6,7 +6,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from tightship.errors import Unsupported
 from tightship.layout import ArraySpec, Layout
+
+F16_MAX = 65504.0
 
 
 class GgmlLayout(Layout):
@@ -46,3 +49,19 @@ class GgmlLayout(Layout):
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind}
+
+
+def to_half(x: np.ndarray, name: str) -> np.ndarray:
+    """float16 of a layout's steps, rounded to nearest even.
+
+    Raises:
+        Unsupported: a step overflows.
+    """
+    with np.errstate(over="ignore"):
+        stored = x.astype(np.float16)
+    if not np.isfinite(stored).all():
+        raise Unsupported(
+            f"a {name} step of {np.abs(x).max():.3g} overflows float16 (limit {F16_MAX:.0f})",
+            hint="these weights are far out of the usual range; use an f32 or bf16 target for this tensor",
+        )
+    return stored
