@@ -1,4 +1,4 @@
-"""Files made by hand, each breaking one rule of docs/formats/gguf.md. Every one is a typed error, and none costs much."""
+"""Files made by hand, each breaking one rule of docs/formats/gguf.md. Each is a typed error, and none costs much."""
 
 from __future__ import annotations
 
