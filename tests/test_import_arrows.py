@@ -16,7 +16,18 @@ ALLOWED = {
     "validators": {"validators", "formats", "exporters"},
 }
 # The pipeline and the skins around it know the rooms; they import them late, inside functions.
-KNOWS_THE_ROOMS = {"pipeline", "plan", "api", "cli", "opening", "store", "inspect", "recipe", "gguf_source", "doctor"}
+KNOWS_THE_ROOMS = {
+    "pipeline",
+    "plan",
+    "api",
+    "cli",
+    "opening",
+    "store",
+    "inspection",
+    "recipe",
+    "gguf_source",
+    "doctor",
+}
 HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "mobius", "cyllama", "optimum", "onnxscript"}
 
 

@@ -158,10 +158,10 @@ def build(as_json: bool, quiet: bool, verbose: bool, dry_run: bool, **options: A
     """`tightship build`."""
     if dry_run:
         return _plan(as_json=as_json, verbose=verbose, options=options)
-    from tightship import api
-
     if options["output"] is None:
         raise UsageError("build needs -o DIR to publish to", hint="add -o out, or use `tightship plan` to look first")
+    from tightship import api
+
     with progress_display(quiet=quiet or as_json) as progress:
         result = api.build(**_library(options), progress=progress)
     if as_json:
