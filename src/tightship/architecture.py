@@ -9,15 +9,17 @@ hyper-parameters of `config` (`heads*head_dim`), so every size is known without 
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any
 
 from tightship.errors import Malformed, Unsupported
+from tightship.untrusted import strict_json
 
 KINDS = ("linear", "embedding", "head", "norm", "bias", "router", "position", "other")
 _FACTOR = re.compile(r"([*/]?)\s*([a-z_0-9]+)")
@@ -36,6 +38,7 @@ class TensorRule:
         optional: may be absent.
         transposed: stored (in, out) on disk (GPT-2's Conv1D); turned on opening and turned back on writing.
         transform: what GGUF wants done, a word the GGUF exporter knows (`rope_permute_q`, `plus_one`, ...).
+        when: config keys and the values under which the tensor exists; a key that is not in the config has value None.
     """
 
     disk: str
@@ -46,6 +49,7 @@ class TensorRule:
     optional: bool = False
     transposed: bool = False
     transform: str | None = None
+    when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One family. See the module docstring and `architectures/schema.json` for the meaning of the fields."""
+    """One family, or one variant of it. `architectures/schema.json` says what the fields mean."""
 
     family: str
     model_types: tuple[str, ...]
@@ -76,6 +80,8 @@ class Architecture:
     gguf_refusal: str | None
     refuses: tuple[Mapping[str, Any], ...]
     folds: tuple[Mapping[str, Any], ...]
+    base_prefix: str = ""
+    renames: tuple[tuple[str, str], ...] = ()
 
     def hyper(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Canonical hyper-parameters of a concrete config.json.
@@ -108,6 +114,8 @@ class Architecture:
         """Every tensor a checkpoint with this config may hold, in table order, blocks ascending."""
         hyper = self.hyper(config)
         for rule in self.tensors:
+            if any(_dig(config, key) not in values for key, values in rule.when.items()):
+                continue
             shape = tuple(int(literal(term, hyper)) for term in rule.shape)
             blocks = range(int(hyper["layers"])) if "{i}" in rule.disk else [None]
             experts = range(int(hyper.get("experts", 0))) if "{e}" in rule.disk else [None]
@@ -119,6 +127,10 @@ class Architecture:
     def lookup(self, config: Mapping[str, Any]) -> dict[str, TensorInfo]:
         """`expected` by on-disk name."""
         return {info.name: info for info in self.expected(config)}
+
+    def ignores(self, name: str) -> bool:
+        """Whether an on-disk name is a buffer that is dropped on purpose."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.ignored)
 
     def check_supported(self, config: Mapping[str, Any]) -> None:
         """Refuse config features that nobody maps.
@@ -163,37 +175,43 @@ def _dig(config: Mapping[str, Any], dotted: str) -> Any:
 
 
 @functools.cache
-def all_architectures() -> dict[str, Architecture]:
-    """Every family, by family name.
+def all_architectures() -> tuple[Architecture, ...]:
+    """Every family and variant, families in the order of their files, variants in the order of the file.
 
     Raises:
-        Malformed: a data file does not fit the schema, or two files claim one model type and class.
+        Malformed: a data file does not fit the schema, or two claim one model type and class.
     """
     import jsonschema
 
     folder = resources.files("tightship.architectures")
     schema = json.loads((folder / "schema.json").read_text())
-    families: dict[str, Architecture] = {}
+    found: list[Architecture] = []
     for entry in sorted(folder.iterdir(), key=lambda e: e.name):
         if not entry.name.endswith(".json") or entry.name == "schema.json":
             continue
-        data = json.loads(entry.read_text())
+        data = strict_json(entry.read_bytes(), f"architectures/{entry.name}")
         try:
             jsonschema.validate(data, schema)
         except jsonschema.ValidationError as error:
             raise Malformed(f"architectures/{entry.name}: {error.message}") from error
-        families[data["family"]] = _build(data)
-    return families
+        found += build(data)
+    claims = [(t, c) for a in found for t in a.model_types for c in a.classes]
+    twice = sorted({claim for claim in claims if claims.count(claim) > 1})
+    if twice:
+        raise Malformed(f"two architecture files claim model type and class {twice[0]}")
+    return tuple(found)
 
 
-def _build(data: Mapping[str, Any]) -> Architecture:
-    return Architecture(
+def build(data: Mapping[str, Any]) -> list[Architecture]:
+    """The architectures of one data file: one, or one per variant."""
+    prefix = data.get("base_prefix", "")
+    whole = Architecture(
         family=data["family"],
         model_types=tuple(data["model_types"]),
         classes=tuple(data["classes"]),
         task=data["task"],
         config=data["config"],
-        tensors=tuple(TensorRule(**{**rule, "shape": tuple(rule["shape"])}) for rule in data["tensors"]),
+        tensors=tuple(map(_rule, data["tensors"])),
         ties=tuple((a, b) for a, b in data["ties"]),
         ignored=tuple(data["ignored"]),
         block_prefix=data["block_prefix"],
@@ -201,6 +219,36 @@ def _build(data: Mapping[str, Any]) -> Architecture:
         gguf_refusal=data.get("gguf_refusal"),
         refuses=tuple(data["refuses"]),
         folds=tuple(data.get("folds", ())),
+        base_prefix=prefix,
+        renames=tuple((a, b) for a, b in data.get("renames", ())),
+    )
+    return [whole, *(_variant(whole, variant) for variant in data.get("variants", ()))]
+
+
+def _rule(data: Mapping[str, Any]) -> TensorRule:
+    when = {key: tuple(values) for key, values in data.get("when", {}).items()}
+    return TensorRule(**{**data, "shape": tuple(data["shape"]), "when": when})
+
+
+def _variant(whole: Architecture, data: Mapping[str, Any]) -> Architecture:
+    """The body of `whole` (the tensors under its base prefix) with other heads; a bare body loses the prefix."""
+    prefix = whole.base_prefix
+    body = [rule for rule in whole.tensors if rule.disk.startswith(prefix)]
+    block_prefix = whole.block_prefix
+    if data.get("bare"):
+        body = [replace(rule, disk=rule.disk.removeprefix(prefix)) for rule in body]
+        block_prefix = block_prefix.removeprefix(prefix)
+    refusal = data.get("gguf_refusal", whole.gguf_refusal)
+    return replace(
+        whole,
+        classes=tuple(data["classes"]),
+        task=data["task"],
+        tensors=(*body, *map(_rule, data["tensors"])),
+        ties=tuple((a, b) for a, b in data["ties"]),
+        ignored=(*whole.ignored, *data["ignored"]),
+        block_prefix=block_prefix,
+        gguf=None if "gguf_refusal" in data else whole.gguf,
+        gguf_refusal=refusal,
     )
 
 
@@ -210,7 +258,7 @@ def architecture_for(config: Mapping[str, Any]) -> Architecture:
     Raises:
         Unsupported: no data file claims it; the message lists the known model types.
     """
-    families = all_architectures().values()
+    families = all_architectures()
     classes = config.get("architectures") or []
     model_type = config.get("model_type")
     for family in families:

@@ -119,15 +119,9 @@ def check_tensors(checkpoint: Checkpoint) -> None:
     Raises:
         Malformed: tensors missing, surplus, or of another shape; all of them are listed (first eight by name).
     """
-    import fnmatch
-
     infos = checkpoint.infos()
     missing = [n for n, i in infos.items() if not i.rule.optional and n not in checkpoint.weights]
-    surplus = [
-        n
-        for n in checkpoint.weights
-        if n not in infos and not any(fnmatch.fnmatch(n, p) for p in checkpoint.architecture.ignored)
-    ]
+    surplus = [n for n in checkpoint.weights if n not in infos and not checkpoint.architecture.ignores(n)]
     for title, names in (("missing", missing), ("not known", surplus)):
         if names:
             shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -165,3 +165,28 @@ class Alias:
 
 Stored = Dense | Quantized | Factored | Sum
 Weight = Stored | Alias
+
+
+def check_finite(name: str, array: np.ndarray) -> np.ndarray:
+    """The array itself, if it holds no NaN or infinity; integers always pass. Works in chunks.
+
+    Raises:
+        Malformed: naming the tensor, the number of bad elements and the first one's flat index.
+    """
+    if not (of_array(array).is_float):
+        return array
+    flat = array.reshape(-1)
+    bad, first = 0, -1
+    for start in range(0, flat.size, 1 << 20):
+        wrong = ~np.isfinite(flat[start : start + (1 << 20)])
+        count = int(np.count_nonzero(wrong))
+        if count and first < 0:
+            first = start + int(np.argmax(wrong))
+        bad += count
+    if bad:
+        raise Malformed(
+            f"{bad} of {flat.size} elements are NaN or infinite, the first at flat index {first}",
+            tensor=name,
+            hint="the checkpoint is damaged or was trained to divergence; nothing can be built from it",
+        )
+    return array

@@ -1,0 +1,196 @@
+"""From a directory, a hub id or a GGUF file to a `Checkpoint`: everything checked, no weight read."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tightship.architecture import Architecture, TensorInfo, architecture_for
+from tightship.checkpoint import Checkpoint, Source, check_tensors
+from tightship.errors import Malformed, Unsupported, UsageError
+from tightship.sidecars import Folder, read_config
+from tightship.target import Progress, no_progress
+from tightship.weights import Alias, Dense, Weight
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]+)?")
+_CHUNK = 1 << 24
+
+
+def open_checkpoint(source: str | Path, *, revision: str | None = None, progress: Progress = no_progress) -> Checkpoint:
+    """Open a Hugging Face directory, a hub id (`org/name`, `org/name@revision`) or a .gguf file.
+
+    Weights are lazy: names, dtypes and shapes are known and checked, data are read on request. The network is used for
+    a hub id alone.
+
+    Raises:
+        UsageError: no such path, and not a hub id; a directory without weights or config; no such repository.
+        Unsupported: an architecture, config feature or quantization that we do not map.
+        Malformed: any file breaks its format's rules, or weights and config do not belong together.
+        EnvironmentFailure: the hub cannot be reached, refuses, or breaks off.
+    """
+    path = Path(source)
+    if path.is_dir():
+        _no_revision(path, revision)
+        return open_directory(path, name=path.resolve().name, identity=path.resolve().name, progress=progress)
+    if path.is_file():
+        _no_revision(path, revision)
+        return _open_file(path, progress)
+    text = str(source)
+    if not _HUB_ID.fullmatch(text) or Path(text.partition("/")[0]).exists():
+        raise UsageError(
+            f"{text!r} is neither a directory, nor a file, nor a hub id (org/name)",
+            hint="check the path; a hub model is written with its organisation, such as openai-community/gpt2",
+        )
+    from tightship.hub import download
+
+    repository, _, tag = text.partition("@")
+    folder, commit = download(repository, revision or tag or None, progress)
+    name = repository.split("/")[1]
+    return open_directory(folder, name=name, identity=repository, commit=commit, progress=progress)
+
+
+def open_directory(
+    path: Path, *, name: str, identity: str, commit: str | None = None, progress: Progress = no_progress
+) -> Checkpoint:
+    """Open a directory in the form that transformers saves. Raises as `open_checkpoint`."""
+    from tightship.formats.weight_files import read_weights
+
+    folder = Folder(path)
+    config = read_config(folder)
+    architecture = architecture_for(config)
+    architecture.check_supported(config)
+    stored = read_weights(folder.names, folder.resolve)
+    weights = _tie(_known(stored.tensors, architecture, config), architecture, config)
+    files = folder.small_files()
+    checkpoint = Checkpoint(
+        name=name,
+        config=config,
+        weights=weights,
+        files=files,
+        architecture=architecture,
+        source=Source(identity, commit, ()),
+    )
+    check_tensors(checkpoint)
+    digests = digest_files({n: folder.resolve(n) for n in ("config.json", *stored.files, *files)}, progress)
+    return checkpoint.replace(source=Source(identity, commit, digests))
+
+
+def _open_file(path: Path, progress: Progress) -> Checkpoint:
+    if path.suffix.lower() != ".gguf":
+        raise UsageError(
+            f"{path.name} is a single file; the source is a directory, a hub id or a .gguf file",
+            hint=f"give its directory: {path.parent}",
+        )
+    try:
+        from tightship.gguf_source import open_gguf
+    except ModuleNotFoundError as error:
+        raise Unsupported("GGUF files cannot be opened as a source yet", hint="start from the original") from error
+    checkpoint: Checkpoint = open_gguf(path, progress=progress)
+    return checkpoint
+
+
+def _no_revision(path: Path, revision: str | None) -> None:
+    if revision is not None:
+        raise UsageError(f"--revision {revision} is for hub ids; {path.name} is here on disk")
+
+
+def _known(tensors: Mapping[str, Dense], architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Weight]:
+    """Tensors under the names of the family's table: variants mapped, buffers dropped, Conv1D turned.
+
+    Raises:
+        Malformed: two tensors mean the same name.
+    """
+    infos = architecture.lookup(config)
+    found: dict[str, Weight] = {}
+    for name, weight in tensors.items():
+        if architecture.ignores(name):
+            continue
+        known = table_name(name, infos, architecture)
+        if known in found:
+            raise Malformed(f"two tensors of the checkpoint mean {known}", tensor=name)
+        info = infos.get(known)
+        found[known] = _turned(weight) if info and info.rule.transposed else weight
+    return found
+
+
+def table_name(name: str, infos: Mapping[str, TensorInfo], architecture: Architecture) -> str:
+    """The name of the family's table that an on-disk name means: with or without the base prefix, old parts renamed.
+
+    A name that the table does not have is returned as it is.
+    """
+    prefix = architecture.base_prefix
+    renamed = functools.reduce(lambda text, pair: text.replace(*pair), architecture.renames, name)
+    for form in (name, renamed):
+        for candidate in (form, prefix + form, form.removeprefix(prefix)):
+            if candidate in infos:
+                return candidate
+    return name
+
+
+def _turned(weight: Dense) -> Dense:
+    """An (in, out) matrix as (out, in)."""
+    return Dense(weight.shape[::-1], weight.dtype, lambda: np.ascontiguousarray(weight.read().T))
+
+
+def _tie(weights: dict[str, Weight], architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Weight]:
+    """Borrowers of a tied model as aliases of their owners.
+
+    Raises:
+        Malformed: config.json ties two tensors that are both there and differ.
+    """
+    if not architecture.hyper(config)["tied"]:
+        return weights
+    tied = dict(weights)
+    for borrower, owner in architecture.ties:
+        first, second = weights.get(owner), weights.get(borrower)
+        if isinstance(first, Dense) and isinstance(second, Dense) and not same_data(first, second):
+            raise Malformed(
+                f"config.json ties it to {owner}, but the two differ; runtimes disagree which one counts",
+                tensor=borrower,
+                hint="set tie_word_embeddings to false in config.json if both are meant, or delete one",
+            )
+        if first is None and second is not None:
+            tied[owner] = second
+        if owner in tied:
+            tied[borrower] = Alias(owner)
+    return tied
+
+
+def same_data(first: Dense, second: Dense) -> bool:
+    """Whether two tensors hold the same bytes."""
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    a, b = (w.read().reshape(-1).view(np.uint8) for w in (first, second))
+    return all(np.array_equal(a[i : i + _CHUNK], b[i : i + _CHUNK]) for i in range(0, a.size, _CHUNK))
+
+
+def digest_files(paths: Mapping[str, Path], progress: Progress = no_progress) -> tuple[tuple[str, int, str], ...]:
+    """(name, size, sha256) of files, sorted by name; each content is hashed once in a process."""
+    names = sorted(paths)
+    done = 0
+    rows: list[tuple[str, int, str]] = []
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        hashing: Callable[[str], tuple[int, str]] = lambda n: _digest(paths[n])  # noqa: E731
+        for name, (size, digest) in zip(names, pool.map(hashing, names), strict=True):
+            rows.append((name, size, digest))
+            done += 1
+            progress("hash source", done, len(names))
+    return tuple(rows)
+
+
+def _digest(path: Path) -> tuple[int, str]:
+    stat = path.stat()
+    return stat.st_size, _cached_digest(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached_digest(path: Path, _size: int, _changed: int, _inode: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
