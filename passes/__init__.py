@@ -1,1 +1,30 @@
+"""Checkpoint -> checkpoint. Adding a pass: its module here, defining a `Pass`."""
 
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from tightship.errors import UsageError
+from tightship.passes.base import Pass
+from tightship.passes.options import build
+from tightship.suggest import did_you_mean
+
+_MODULES = ("drop_layers", "prune", "quantize")
+
+
+def pass_for(use: str, options: Mapping[str, Any], where: str = "passes") -> Pass:
+    """The pass called `use` in a recipe, with its options checked.
+
+    Raises:
+        UsageError: no such pass, or an option it does not have; the message suggests the nearest.
+    """
+    for module in _MODULES:
+        importlib.import_module(f"tightship.passes.{module}")
+    if use not in Pass.registry:
+        raise UsageError(
+            f"{where}: pass {use!r} is unknown{did_you_mean(use, Pass.registry)}",
+            hint=f"passes: {', '.join(sorted(Pass.registry))}",
+        )
+    return build(Pass.registry[use], options, f"{where} ({use})")

@@ -16,6 +16,7 @@ Properties that travel (`preserves`, `destroys` and `makes` are sets of these wo
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -59,8 +60,10 @@ class Pass(ABC):
         name: the recipe's `use`.
         revision: raised whenever the same inputs would give other bytes.
         needs: what the runner must provide; `nothing` marks a data-free pass.
-        per_tensor: an output tensor depends on the tensor of its name alone; streamed to all targets, not stored.
+        per_tensor: each output tensor is a cheap function of one input tensor; streamed to all targets, not stored.
         makes, destroys: properties. What is not destroyed is preserved.
+
+    A pass whose method decides what it needs (`prune`, `quantize`) says so by properties of those names.
     """
 
     name: ClassVar[str]
@@ -82,6 +85,11 @@ class Pass(ABC):
         if name in Pass.registry and Pass.registry[name].__qualname__ != cls.__qualname__:
             raise TypeError(f"pass {name!r} is already taken by {Pass.registry[name].__qualname__}")
         Pass.registry[name] = cls
+
+    def to_json(self) -> dict[str, Any]:
+        """Name, revision and every parameter with its resolved value: what the result depends on."""
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {"use": self.name, "revision": self.revision, "with": options}
 
     def requires(self, checkpoint: Checkpoint) -> None:  # noqa: B027 - optional hook
         """Refuse, from names and shapes alone, what `apply` could not do.

@@ -1,0 +1,137 @@
+"""Unstructured and N:M pruning: zeros in the linears of the blocks. What to zero is the method's business.
+
+1. `sparsity` s: of n weights (of a tensor, a row, or all tensors together: `scope`) exactly round(s * n) are zero
+   afterwards, or more where more were zero before.
+2. `pattern` "N:M": of M consecutive weights of a row at most N stay; `sparsity` is then 1 - N/M and need not be said.
+3. Zeroed weights are +0.0 in the source's dtype; all others keep their bits.
+
+Adding a method: a module with a `PruneMethod` called `METHOD`, and its line in `_METHODS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from tightship.checkpoint import Checkpoint
+from tightship.errors import Unsupported, UsageError
+from tightship.passes.base import Needs, Pass, Run
+from tightship.passes.masks import check_groups, parse_pattern
+from tightship.suggest import did_you_mean
+from tightship.weights import Alias, Dense, Factored, Quantized, Stored, Sum
+
+_METHODS = {"magnitude": "tightship.passes.prune_magnitude"}
+
+
+class PruneMethod(ABC):
+    """How the weights to be zeroed are chosen.
+
+    Class attributes:
+        needs, revision: as of a pass.
+    """
+
+    needs: ClassVar[Needs] = "nothing"
+    revision: ClassVar[int] = 1
+
+    def per_tensor(self, spec: Prune) -> bool:  # noqa: ARG002 - most methods do not look at it
+        """Whether each tensor can be pruned apart from all others, cheaply."""
+        return False
+
+    def check(self, spec: Prune) -> None:  # noqa: B027 - optional hook
+        """Refuse options that this method does not have.
+
+        Raises:
+            UsageError: naming the option.
+        """
+
+    @abstractmethod
+    def prune(self, spec: Prune, checkpoint: Checkpoint, run: Run) -> Mapping[str, Stored]:
+        """The pruned tensors, by on-disk name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune(Pass):
+    """See the module. `scope`: over what the count is taken."""
+
+    name: ClassVar[str] = "prune"
+    makes: ClassVar[frozenset[str]] = frozenset({"mask"})
+    destroys: ClassVar[frozenset[str]] = frozenset({"grid"})
+
+    method: str = "magnitude"
+    sparsity: float | None = None
+    pattern: str = "unstructured"
+    scope: Literal["tensor", "row", "global"] = "tensor"
+
+    def __post_init__(self) -> None:
+        groups = parse_pattern(self.pattern)
+        if groups is None and self.sparsity is None:
+            raise UsageError("prune: needs `sparsity` (a share between 0 and 1) or a `pattern` such as '2:4'")
+        if self.sparsity is not None and not 0 < self.sparsity < 1:
+            raise UsageError(f"prune: sparsity is a share between 0 and 1, found {self.sparsity}")
+        if groups and self.sparsity is not None and abs(self.sparsity - (1 - groups[0] / groups[1])) > 1e-9:
+            raise UsageError(
+                f"prune: pattern {self.pattern} is sparsity {1 - groups[0] / groups[1]:g}, not {self.sparsity:g}"
+            )
+        if groups and self.scope != "tensor":
+            raise UsageError(f"prune: pattern {self.pattern} counts within its groups; leave scope out")
+        self.solver.check(self)
+
+    @property
+    def solver(self) -> PruneMethod:
+        """The method.
+
+        Raises:
+            UsageError: no such method.
+        """
+        if self.method not in _METHODS:
+            raise UsageError(
+                f"prune: method {self.method!r} is unknown{did_you_mean(self.method, _METHODS)}",
+                hint=f"methods: {', '.join(_METHODS)}",
+            )
+        found: PruneMethod = importlib.import_module(_METHODS[self.method]).METHOD
+        return found
+
+    @property
+    def groups(self) -> tuple[int, int] | None:
+        """(N, M) of the pattern."""
+        return parse_pattern(self.pattern)
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]
+        return self.solver.needs
+
+    @property
+    def per_tensor(self) -> bool:  # type: ignore[override]
+        return self.solver.per_tensor(self)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "revision": f"{self.revision}.{self.solver.revision}"}
+
+    def tensors(self, checkpoint: Checkpoint) -> dict[str, Dense | Quantized]:
+        """What is pruned: the linears of the blocks, each once.
+
+        Raises:
+            Unsupported: a tensor that is stored as factors.
+        """
+        found: dict[str, Dense | Quantized] = {}
+        for info in checkpoint.linears():
+            weight = checkpoint.weights[info.name]
+            if isinstance(weight, Alias):
+                continue
+            if isinstance(weight, Factored | Sum):
+                raise Unsupported("factors cannot be pruned; prune first, or leave this tensor whole", tensor=info.name)
+            found[info.name] = weight
+        return found
+
+    def requires(self, checkpoint: Checkpoint) -> None:
+        tensors = self.tensors(checkpoint)
+        if not tensors:
+            raise Unsupported(f"prune: a {checkpoint.architecture.family} model has no linears to prune")
+        for name, weight in tensors.items():
+            check_groups(name, weight.shape, self.groups[1] if self.groups else 1)
+
+    def apply(self, checkpoint: Checkpoint, run: Run) -> Checkpoint:
+        return checkpoint.with_weights(self.solver.prune(self, checkpoint, run))

@@ -1,0 +1,248 @@
+"""Put weights on a grid. The layout says which numbers there are, the solver which of them each weight becomes.
+
+1. `layout` goes to the linears of the blocks, and to `include`: embeddings, head.
+2. `layouts` names tensors one by one and wins over `layout`: a layout, or an element type to cast to. Schemes of a
+   container arrive this way.
+3. Low-rank factors are put on the grid one by one. Borrowed tensors (`Alias`) follow their owner, unless `layouts`
+   names them: then they become tensors of their own.
+4. A weight that lies on a grid already stays there if it is the same grid, and is refused otherwise.
+5. A layout that cannot say 0.0 is refused for tensors that a pass has pruned.
+
+Adding a solver: a module with a `Solver` called `SOLVER`, and its line in `_SOLVERS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from tightship.checkpoint import Checkpoint
+from tightship.dtypes import BY_NAME
+from tightship.errors import Unsupported, UsageError
+from tightship.formats.layouts import parse_layout
+from tightship.layout import Layout
+from tightship.passes.base import Needs, Pass, Run
+from tightship.passes.quantize.cast import cast
+from tightship.suggest import did_you_mean
+from tightship.weights import Alias, Dense, Factored, Quantized, Stored, Sum, Weight
+
+_SOLVERS = {"rtn": "tightship.passes.quantize.rtn"}
+_INCLUDE = {"embeddings": ("embedding", "position"), "head": ("head",)}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One thing to solve: a dense (rows, cols) matrix and the layout it shall have."""
+
+    weight: Dense
+    layout: Layout
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.weight.shape[0], self.weight.shape[1])
+
+
+class Solver(ABC):
+    """Chooses codes and parameters.
+
+    Class attributes:
+        needs, revision, per_tensor: as of a pass.
+    """
+
+    needs: ClassVar[Needs] = "nothing"
+    revision: ClassVar[int] = 1
+    per_tensor: ClassVar[bool] = False
+
+    def check(self, spec: Quantize) -> None:  # noqa: B027 - optional hook
+        """Refuse options that this solver does not have.
+
+        Raises:
+            UsageError: naming the option.
+        """
+
+    def check_matrix(self, name: str, matrix: Matrix) -> None:  # noqa: B027 - optional hook
+        """Refuse a layout or shape that this solver cannot do.
+
+        Raises:
+            Unsupported: naming the tensor.
+        """
+
+    @abstractmethod
+    def solve(
+        self, spec: Quantize, checkpoint: Checkpoint, matrices: Mapping[str, Matrix], run: Run
+    ) -> Mapping[str, Quantized]:
+        """The matrices on their grids, under the same names. Factors are called `NAME:left` and `NAME:right`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize(Pass):
+    """See the module."""
+
+    name: ClassVar[str] = "quantize"
+    makes: ClassVar[frozenset[str]] = frozenset({"grid"})
+    destroys: ClassVar[frozenset[str]] = frozenset({"grid"})
+
+    solver: str = "rtn"
+    layout: str | None = None
+    include: tuple[Literal["embeddings", "head"], ...] = ()
+    layouts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.layout is None and not self.layouts:
+            raise UsageError("quantize: needs `layout`, such as int4")
+        if self.layout is not None:
+            layout_of(self.layout)
+        object.__setattr__(self, "layouts", {name: layout_of(word) for name, word in self.layouts.items()})
+        self.method.check(self)
+
+    @property
+    def method(self) -> Solver:
+        """The solver.
+
+        Raises:
+            UsageError: no such solver.
+        """
+        if self.solver not in _SOLVERS:
+            raise UsageError(
+                f"quantize: solver {self.solver!r} is unknown{did_you_mean(self.solver, _SOLVERS)}",
+                hint=f"solvers: {', '.join(_SOLVERS)}",
+            )
+        found: Solver = importlib.import_module(_SOLVERS[self.solver]).SOLVER
+        return found
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]
+        return self.method.needs
+
+    @property
+    def per_tensor(self) -> bool:  # type: ignore[override]
+        return self.method.per_tensor
+
+    def to_json(self) -> dict[str, Any]:
+        data = super().to_json()
+        words = {n: v.to_json() if isinstance(v, Layout) else v for n, v in self.layouts.items()}
+        options = {**data["with"], "layouts": dict(sorted(words.items()))}
+        if self.layout is not None:
+            layout = layout_of(self.layout)
+            options["layout"] = layout.name if isinstance(layout, Layout) else layout
+        return {**data, "revision": f"{self.revision}.{self.method.revision}", "with": options}
+
+    def requires(self, checkpoint: Checkpoint) -> None:
+        pruned = any("mask" in step.get("makes", ()) for step in checkpoint.history)
+        matrices = self._jobs(checkpoint)[0]
+        linears = {info.name for info in checkpoint.linears()}
+        for name, matrix in matrices.items():
+            try:
+                matrix.layout.array_specs(matrix.shape)
+            except Unsupported as error:
+                raise Unsupported(error.message, tensor=name, hint=error.hint) from error
+            if pruned and name.split(":")[0] in linears and not matrix.layout.keeps_zero:
+                raise Unsupported(
+                    f"layout {matrix.layout.name} has no exact zero in every block: it would undo the pruning",
+                    tensor=name,
+                    hint="int4 and the other int layouts, q8_0 and q6_k keep zeros",
+                )
+            self.method.check_matrix(name, matrix)
+
+    def outline(self, checkpoint: Checkpoint) -> Checkpoint:
+        matrices, others = self._jobs(checkpoint)
+        solved = {name: Quantized(m.layout, m.shape, _not_yet) for name, m in matrices.items()}
+        return checkpoint.with_weights(_assembled(solved) | others)
+
+    def apply(self, checkpoint: Checkpoint, run: Run) -> Checkpoint:
+        matrices, others = self._jobs(checkpoint)
+        solved = self.method.solve(self, checkpoint, matrices, run) if matrices else {}
+        return checkpoint.with_weights(_assembled(solved) | others)
+
+    def wanted(self, checkpoint: Checkpoint) -> dict[str, Layout | str]:
+        """Layout or element type of each tensor that changes, by on-disk name.
+
+        Raises:
+            UsageError: `layouts` names a tensor that is not there, or `include` a head that is borrowed.
+        """
+        found: dict[str, Layout | str] = {}
+        if self.layout is not None:
+            kinds = {"linear", *(kind for word in self.include for kind in _INCLUDE[word])}
+            for info in checkpoint.infos().values():
+                weight = checkpoint.weights.get(info.name)
+                if weight is None or info.rule.kind not in kinds:
+                    continue
+                if isinstance(weight, Alias):
+                    _check_borrowed(checkpoint, info.name, weight, kinds)
+                    continue
+                found[info.name] = layout_of(self.layout)
+        for name, layout in self.layouts.items():
+            if name not in checkpoint.weights:
+                raise UsageError(
+                    f"quantize: layouts names {name!r}, which is not there{did_you_mean(name, checkpoint.weights)}"
+                )
+            found[name] = layout
+        return found
+
+    def _jobs(self, checkpoint: Checkpoint) -> tuple[dict[str, Matrix], dict[str, Weight]]:
+        """Matrices to solve (factors apart), and weights that are cast or stay as they are."""
+        matrices: dict[str, Matrix] = {}
+        others: dict[str, Weight] = {}
+        for name, layout in self.wanted(checkpoint).items():
+            weight = checkpoint.resolve(name)
+            if isinstance(layout, str):
+                others[name] = cast(name, weight, layout)
+            elif isinstance(weight, Factored):
+                for side in ("left", "right"):
+                    matrices[f"{name}:{side}"] = _matrix(name, getattr(weight, side), layout)
+            elif isinstance(weight, Quantized) and weight.layout == layout:
+                others[name] = checkpoint.weights[name]
+            else:
+                matrices[name] = _matrix(name, weight, layout)
+        return matrices, others
+
+
+def layout_of(word: Any) -> Layout | str:
+    """A layout word, a layout's JSON form or a layout -> Layout; an element type's word -> that word.
+
+    Raises:
+        UsageError: no such layout.
+    """
+    if isinstance(word, Layout):
+        return word
+    if isinstance(word, Mapping):
+        return Layout.from_json(word)
+    return str(word) if word in BY_NAME and BY_NAME[word].is_float else parse_layout(str(word))
+
+
+def _matrix(name: str, weight: Stored, layout: Layout) -> Matrix:
+    if isinstance(weight, Quantized):
+        raise Unsupported(
+            f"lies on the grid of {weight.layout.name} already; rounding it again to {layout.name} adds error on error",
+            tensor=name,
+            hint="start from the unquantized checkpoint, or export without --quantize",
+        )
+    if isinstance(weight, Sum):
+        raise Unsupported("is a quantized matrix with its correction already", tensor=name)
+    if not isinstance(weight, Dense) or len(weight.shape) != 2:
+        raise Unsupported(f"only matrices can be quantized, found shape {weight.shape}", tensor=name)
+    return Matrix(weight, layout)
+
+
+def _assembled(solved: Mapping[str, Quantized]) -> dict[str, Weight]:
+    """Solved matrices under their tensors' names, factors put together again."""
+    whole: dict[str, Weight] = {name: weight for name, weight in solved.items() if ":" not in name}
+    for name in {name.rpartition(":")[0] for name in solved if ":" in name}:
+        whole[name] = Factored(solved[f"{name}:left"], solved[f"{name}:right"])
+    return whole
+
+
+def _check_borrowed(checkpoint: Checkpoint, name: str, weight: Alias, kinds: set[str]) -> None:
+    owner = checkpoint.infos().get(weight.owner)
+    if owner is not None and owner.rule.kind not in kinds:
+        raise UsageError(
+            f"quantize: {name} shares its data with {weight.owner}, which is not included",
+            hint="add embeddings to include, or leave head out",
+        )
+
+
+def _not_yet() -> Any:
+    raise RuntimeError("an outline has no data")

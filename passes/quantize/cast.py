@@ -1,0 +1,36 @@
+"""Another element type for a dense weight: what a scheme asks of norms, embeddings and heads it leaves unquantized."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tightship.dtypes import dtype
+from tightship.errors import Unsupported
+from tightship.passes.masks import finite
+from tightship.weights import Dense, Stored
+
+
+def cast(name: str, weight: Stored, word: str) -> Stored:
+    """`weight` in the element type `word`, rounded to nearest even when read; itself where nothing changes.
+
+    Raises:
+        Unsupported: not a dense weight; or, when read, values beyond the type's range.
+    """
+    if not isinstance(weight, Dense):
+        raise Unsupported(f"is not a plain array, so it cannot be cast to {word}", tensor=name)
+    if weight.dtype == word:
+        return weight
+
+    def read() -> np.ndarray:
+        values = finite(name, weight.value())
+        with np.errstate(over="ignore"):
+            narrowed = values.astype(dtype(word).numpy)
+        if not np.isfinite(narrowed.astype(np.float32)).all():
+            raise Unsupported(
+                f"reaches {np.abs(values).max():.4g}, beyond the range of {word}",
+                tensor=name,
+                hint="choose bf16 or f32 for this target",
+            )
+        return narrowed
+
+    return Dense(weight.shape, word, read)

@@ -1,0 +1,71 @@
+"""Round to nearest: each tensor's own search (`Layout.quantize`), nothing else. Data-free, streamed.
+
+Rows are independent in every layout, so a tensor goes through in runs of whole rows: the working memory is the
+result plus a few times `_CHUNK`, whatever the size of the tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+
+from tightship.checkpoint import Checkpoint
+from tightship.layout import Arrays, Context, Layout
+from tightship.passes.base import Needs, Run
+from tightship.passes.masks import finite
+from tightship.passes.quantize import Matrix, Quantize, Solver
+from tightship.weights import Quantized
+
+_CHUNK = 1 << 22  # elements of a run of rows; a search holds about ten float32 arrays of that size
+
+
+class RoundToNearest(Solver):
+    """Data-free."""
+
+    needs: ClassVar[Needs] = "nothing"
+    per_tensor: ClassVar[bool] = True
+
+    def solve(
+        self,
+        spec: Quantize,  # noqa: ARG002
+        checkpoint: Checkpoint,  # noqa: ARG002
+        matrices: Mapping[str, Matrix],
+        run: Run,  # noqa: ARG002
+    ) -> Mapping[str, Quantized]:
+        return {name: lazily(name, matrix, None) for name, matrix in matrices.items()}
+
+
+SOLVER = RoundToNearest()
+
+
+def lazily(name: str, matrix: Matrix, importance: np.ndarray | None) -> Quantized:
+    """The matrix in its layout, solved when read. `importance` is (cols,) float32 or None."""
+
+    def read() -> Arrays:
+        return quantize(name, finite(name, matrix.weight.value()), matrix.layout, importance)
+
+    return Quantized(matrix.layout, matrix.shape, read)
+
+
+def quantize(name: str, w: np.ndarray, layout: Layout, importance: np.ndarray | None = None) -> Arrays:
+    """Codes and parameters of `w` (rows, cols) float32, in runs of rows.
+
+    Raises:
+        Unsupported: naming the tensor; a value that the layout's scales cannot reach.
+        Malformed: naming the tensor; the search made a NaN or Inf.
+    """
+    rows, cols = w.shape
+    specs = layout.array_specs((rows, cols))
+    arrays = {key: np.empty(spec.shape, spec.dtype) for key, spec in specs.items()}
+    step = max(1, _CHUNK // max(cols, 1))
+    for first in range(0, rows, step):
+        part = w[first : first + step]
+        context = Context(np.mean(np.square(part), axis=1)) if importance is not None else None
+        for key, values in layout.quantize(part, importance, context).items():
+            arrays[key][first : first + step] = values
+    for key, values in arrays.items():
+        if values.dtype.kind not in "iub":
+            finite(f"{name} ({key})", values.astype(np.float32, copy=False))
+    return arrays
