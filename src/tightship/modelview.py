@@ -20,7 +20,7 @@ import numpy as np
 
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Malformed, Unsupported
-from tightship.weights import Alias
+from tightship.weights import Alias, Weight
 
 if TYPE_CHECKING:
     import torch
@@ -117,20 +117,42 @@ class ModelView:
         return wanted
 
     def _tensors(self) -> dict[str, np.ndarray]:
-        """float32 copies under on-disk names, as stored on disk (Conv1D matrices turned back). Aliases share."""
-        infos = self.checkpoint.infos()
-        arrays: dict[str, np.ndarray] = {}
-        for name, weight in self.checkpoint.weights.items():
-            if any(fnmatch.fnmatch(name, pattern) for pattern in self.checkpoint.architecture.ignored):
-                continue
-            if not isinstance(weight, Alias):
-                turned = name in infos and infos[name].rule.transposed
-                value = weight.value()
-                arrays[name] = np.array(value.T if turned else value, np.float32, order="C")
-        for name, weight in self.checkpoint.weights.items():
-            if isinstance(weight, Alias):
-                arrays[name] = arrays[_owner(self.checkpoint, name)]
-        return arrays
+        """`disk_value` of every tensor; aliases share their owner's array."""
+        owners = {name: owner_of(self.checkpoint, name) for name in disk_names(self.checkpoint)}
+        arrays = {owner: disk_value(self.checkpoint, owner) for owner in sorted(set(owners.values()))}
+        return {name: arrays[owner] for name, owner in owners.items()}
+
+
+def disk_names(checkpoint: Checkpoint) -> list[str]:
+    """Names that take part in the computation: all but those the family's data lists as ignored."""
+    ignored = checkpoint.architecture.ignored
+    return [name for name in checkpoint.weights if not any(fnmatch.fnmatch(name, pattern) for pattern in ignored)]
+
+
+def disk_value(checkpoint: Checkpoint, name: str, written: Mapping[str, Weight] | None = None) -> np.ndarray:
+    """A fresh float32 array as stored on disk (Conv1D matrices turned back), aliases followed.
+
+    `written` holds weights that take the place of the checkpoint's.
+    """
+    owner = owner_of(checkpoint, name)
+    weight = (written or {}).get(owner) or checkpoint.resolve(owner)
+    info = checkpoint.infos().get(name)
+    value = weight.value()
+    return np.array(value.T if info is not None and info.rule.transposed else value, np.float32, order="C")
+
+
+def owner_of(checkpoint: Checkpoint, name: str) -> str:
+    """The name under which the data of `name` is stored.
+
+    Raises:
+        Malformed: aliases run in a circle or into nothing.
+    """
+    checkpoint.resolve(name)
+    weight = checkpoint.weights[name]
+    while isinstance(weight, Alias):
+        name = weight.owner
+        weight = checkpoint.weights[name]
+    return name
 
 
 def build_module(checkpoint: Checkpoint, arrays: Mapping[str, np.ndarray]) -> Any:
@@ -141,26 +163,39 @@ def build_module(checkpoint: Checkpoint, arrays: Mapping[str, np.ndarray]) -> An
     """
     import torch
 
-    model_class = _model_class(checkpoint)
     state = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    module, info = load_module(checkpoint, state)
+    _check_books(module, info, state)
+    return module
+
+
+def load_module(checkpoint: Checkpoint, state: Mapping[str, torch.Tensor]) -> tuple[Any, Mapping[str, Any]]:
+    """`from_pretrained` on tensors in memory: the module in eval mode, and what transformers missed or did not expect.
+
+    Raises:
+        Malformed: shapes that differ, or experts that cannot be stacked.
+        Unsupported: transformers has no such class.
+    """
+    import torch
+
+    model_class = _model_class(checkpoint)
     with _quiet():
         try:
             module, info = model_class.from_pretrained(
                 None,
                 config=_config(checkpoint.config),
-                state_dict=state,
+                state_dict=dict(state),
                 dtype=torch.float32,
                 attn_implementation="eager",
                 experts_implementation="eager",
                 output_loading_info=True,
             )
-        except RuntimeError as error:  # shapes that differ, or experts that cannot be stacked
+        except RuntimeError as error:
             raise Malformed(
                 f"transformers cannot load these tensors into {model_class.__name__}: {_first_line(error)}",
                 hint="a tensor is missing, surplus, or of another shape than config.json says",
             ) from error
-    _check_books(module, info, state)
-    return module.eval()
+    return module.eval(), info
 
 
 def _check_books(module: Any, info: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> None:
@@ -188,15 +223,6 @@ def _check_books(module: Any, info: Mapping[str, Any], state: Mapping[str, torch
 def _elements(tensors: Any) -> int:
     """Elements of distinct tensors; shared storage counts once."""
     return sum({(t.data_ptr(), t.shape): t.numel() for t in tensors}.values())
-
-
-def _owner(checkpoint: Checkpoint, name: str) -> str:
-    checkpoint.resolve(name)  # refuses circles and dangling names
-    weight = checkpoint.weights[name]
-    while isinstance(weight, Alias):
-        name = weight.owner
-        weight = checkpoint.weights[name]
-    return name
 
 
 def _config(config: Mapping[str, Any]) -> Any:

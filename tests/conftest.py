@@ -1,0 +1,75 @@
+"""Tiny models with every parameter random, written by transformers and opened as checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from tightship.architecture import architecture_for
+from tightship.checkpoint import Checkpoint, Source
+from tightship.weights import Dense
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+FAMILIES = {
+    "llama": ("LlamaForCausalLM", GROUPED),
+    "llama-tied": ("LlamaForCausalLM", {**GROUPED, "tie_word_embeddings": True}),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """family -> directory of a random model as `save_pretrained` writes it; made once a session."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            class_name, config = FAMILIES[family]
+            model_class = getattr(transformers, class_name)
+            torch.manual_seed(0)
+            model = model_class(model_class.config_class(**config))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.normal_(0, 0.3)
+            made[family] = tmp_path_factory.mktemp(family)
+            model.save_pretrained(made[family])
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_directory: Callable[[str], Path]) -> Callable[[str], Checkpoint]:
+    """family -> its checkpoint, Conv1D matrices turned as opening turns them."""
+
+    def open_tiny(family: str) -> Checkpoint:
+        directory = tiny_directory(family)
+        config = json.loads((directory / "config.json").read_text())
+        architecture = architecture_for(config)
+        infos = architecture.lookup(config)
+        weights = {}
+        for name, array in load_file(directory / "model.safetensors").items():
+            turned = name in infos and infos[name].rule.transposed
+            weights[name] = Dense.of(array.T if turned else array)
+        return Checkpoint(family, config, weights, {}, architecture, Source(family, None, ()))
+
+    return open_tiny
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    """Each family in turn."""
+    return str(request.param)
