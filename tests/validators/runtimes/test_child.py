@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tightship.validators.runtimes import child
-from tightship.validators.runtimes.child import Limits, RuntimeDied, RuntimeMissing, run_child
 
 from tightship.errors import UsageError
+from tightship.validators.runtimes import child
+from tightship.validators.runtimes.child import Limits, RuntimeDied, RuntimeMissing, run_child
 
 FAKE = """
 import os, subprocess, sys, time

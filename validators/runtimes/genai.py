@@ -1,0 +1,77 @@
+"""onnxruntime-genai as a client of a published ONNX decoder: its own loader, cache and token loop.
+
+Job: `artifact` (directory with genai_config.json), `want`:
+
+| want      | computed                                                                                              |
+|-----------|-------------------------------------------------------------------------------------------------------|
+| outputs   | logits of every position: a prefill, then the last `decode` tokens one at a time through the cache     |
+| generate  | `tokens` greedy tokens after each prompt                                                              |
+
+genai runs the graph as it is shipped; it has no mode with optimisations off.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tightship.errors import Unsupported
+
+if TYPE_CHECKING:
+    import onnxruntime_genai as og
+
+DECODE = 4
+
+
+def run(job: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Answers for `input_ids` (b, s) int64: `logits` (b, s, vocab) float32, or `tokens` (b, n) int64.
+
+    Raises:
+        ImportError: onnxruntime-genai is not installed.
+        Unsupported: the artifact has no genai_config.json.
+    """
+    import onnxruntime_genai as og
+
+    directory = Path(job["artifact"])
+    if not (directory / "genai_config.json").is_file():
+        raise Unsupported("there is no genai_config.json, so onnxruntime-genai cannot open this artifact")
+    model = og.Model(str(directory))
+    prompts = arrays["input_ids"].astype(np.int32)
+    version = {"version": str(getattr(og, "__version__", "unknown")), "type": str(model.type)}
+    if job.get("want", "outputs") == "generate":
+        count = int(job["tokens"])
+        return version, {"tokens": np.stack([greedy(model, row, count) for row in prompts])}
+    decode = int(job.get("decode", DECODE))
+    return version, {"logits": np.concatenate([logits(model, row, decode) for row in prompts])}
+
+
+def logits(model: og.Model, prompt: np.ndarray, decode: int) -> np.ndarray:
+    """(1, s, vocab) float32 for a prompt (s,) int32; the last `decode` positions come from single-token steps."""
+    generator = _generator(model, len(prompt) + 1)
+    split = max(len(prompt) - decode, 1)
+    parts = []
+    for start, stop in [(0, split), *((i, i + 1) for i in range(split, len(prompt)))]:
+        generator.append_tokens(prompt[None, start:stop])
+        parts.append(np.array(generator.get_output("logits"), np.float32))
+    return np.concatenate(parts, axis=1)
+
+
+def greedy(model: og.Model, prompt: np.ndarray, count: int) -> np.ndarray:
+    """(count,) int64 tokens after a prompt (s,) int32; padded with -1 where the model ended."""
+    generator = _generator(model, len(prompt) + count)
+    generator.append_tokens(prompt[None])
+    found: list[int] = []
+    while len(found) < count and not generator.is_done():
+        generator.generate_next_token()
+        found.append(int(generator.get_next_tokens()[0]))
+    return np.array(found + [-1] * (count - len(found)), np.int64)
+
+
+def _generator(model: og.Model, length: int) -> og.Generator:
+    import onnxruntime_genai as og
+
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=length, do_sample=False, batch_size=1)
+    return og.Generator(model, params)

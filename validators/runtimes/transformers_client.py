@@ -1,0 +1,132 @@
+"""transformers as a client of the published safetensors: its own loader, every tensor accounted for.
+
+Job: `artifact` (directory), `mode`, `threads`. `graph` loads in float32 with weights decompressed once and activations
+left alone; `shipped` loads as a user would (`dtype="auto"`, activation quantization live).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tightship.errors import Malformed, Unsupported
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Class-name suffix in config.json -> the Auto class a user would call; anything else loads as AutoModel.
+AUTO_CLASSES = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "ForImageClassification": "AutoModelForImageClassification",
+}
+# quant_method -> the package that transformers needs to load it.
+PACKAGES = {"compressed-tensors": "compressed_tensors", "gptq": "gptqmodel", "awq": "gptqmodel", "torchao": "torchao"}
+OUTPUTS = ("logits", "last_hidden_state", "start_logits", "end_logits")
+
+
+def run(job: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Outputs for `input_ids` (b, s) int64 and optional `attention_mask`, or other named inputs, one row at a time.
+
+    Raises:
+        ImportError: the package that loads this quantization is not installed.
+        Malformed: a tensor is missing, unexpected or of another shape for transformers.
+    """
+    import torch
+
+    torch.set_num_threads(int(job.get("threads", 1)))
+    directory = Path(job["artifact"])
+    config = json.loads((directory / "config.json").read_text())
+    model = load(directory, config, str(job.get("mode", "graph")))
+    rows: list[dict[str, np.ndarray]] = []
+    with torch.inference_mode():
+        for index in range(len(next(iter(arrays.values())))):
+            inputs = {key: torch.from_numpy(array[index : index + 1].copy()) for key, array in arrays.items()}
+            rows.append(_outputs(model, inputs))
+    joined = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]} if rows else {}
+    return {"class": type(model).__name__, "dtype": str(model.dtype), "version": _version()}, joined
+
+
+def load(directory: Path, config: dict[str, Any], mode: str) -> PreTrainedModel:
+    """The model as transformers loads it from `directory`, in eval mode. See the module docstring for `mode`."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    quantization = config.get("quantization_config")
+    options: dict[str, Any] = {"dtype": torch.float32 if mode == "graph" else "auto"}
+    if quantization:
+        _require_package(str(quantization.get("quant_method")))
+        if mode == "graph" and quantization["quant_method"] == "compressed-tensors":
+            options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
+    auto = getattr(transformers, auto_class(config))
+    model, info = auto.from_pretrained(
+        directory,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        attn_implementation="eager",
+        output_loading_info=True,
+        **options,
+    )
+    check_loading(info)
+    return model.eval()
+
+
+def auto_class(config: dict[str, Any]) -> str:
+    """Name of the Auto class for the first of config.json's `architectures`."""
+    name = str((config.get("architectures") or [""])[0])
+    return next((auto for suffix, auto in AUTO_CLASSES.items() if name.endswith(suffix)), "AutoModel")
+
+
+def check_loading(info: dict[str, Any]) -> None:
+    """Demand that transformers found every tensor and used every tensor.
+
+    transformers gives a missing tensor random values and goes on; that must not pass.
+
+    Raises:
+        Malformed: names the first tensor at fault.
+    """
+    for key, what in (
+        ("missing_keys", "missing"),
+        ("unexpected_keys", "not used"),
+        ("mismatched_keys", "of wrong shape"),
+    ):
+        names = sorted(str(entry) for entry in info.get(key) or ())
+        if names:
+            raise Malformed(f"{len(names)} tensors are {what} for transformers, first {names[0]}", tensor=names[0])
+    if info.get("error_msgs"):
+        raise Malformed(f"transformers could not load the weights: {info['error_msgs'][0]}")
+
+
+def _require_package(method: str) -> None:
+    package = PACKAGES.get(method)
+    if package is None:
+        raise Unsupported(f"no client here loads quant_method {method!r}; known: {', '.join(PACKAGES)}")
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f"transformers needs the package {package} to load quant_method {method!r}")
+
+
+def _outputs(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
+    masked = type(model).__name__.endswith("ForMaskedLM")
+    extra = {"output_hidden_states": True} if masked else {}
+    out = model(**inputs, **extra)
+    found = {key: out[key].float().numpy() for key in OUTPUTS if out.get(key) is not None}
+    if masked:
+        found["last_hidden_state"] = out.hidden_states[-1].float().numpy()
+    return found
+
+
+def _version() -> str:
+    import transformers
+
+    return str(transformers.__version__)
