@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import re
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import numpy as np
 
 from tightship.architecture import Architecture, TensorInfo, architecture_for
 from tightship.checkpoint import Checkpoint, Source, check_tensors
+from tightship.digests import digest_files
 from tightship.errors import Malformed, Unsupported, UsageError
 from tightship.sidecars import Folder, read_config
 from tightship.target import Progress, no_progress
@@ -169,28 +168,3 @@ def same_data(first: Dense, second: Dense) -> bool:
         return False
     a, b = (w.read().reshape(-1).view(np.uint8) for w in (first, second))
     return all(np.array_equal(a[i : i + _CHUNK], b[i : i + _CHUNK]) for i in range(0, a.size, _CHUNK))
-
-
-def digest_files(paths: Mapping[str, Path], progress: Progress = no_progress) -> tuple[tuple[str, int, str], ...]:
-    """(name, size, sha256) of files, sorted by name; each content is hashed once in a process."""
-    names = sorted(paths)
-    done = 0
-    rows: list[tuple[str, int, str]] = []
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        hashing: Callable[[str], tuple[int, str]] = lambda n: _digest(paths[n])  # noqa: E731
-        for name, (size, digest) in zip(names, pool.map(hashing, names), strict=True):
-            rows.append((name, size, digest))
-            done += 1
-            progress("hash source", done, len(names))
-    return tuple(rows)
-
-
-def _digest(path: Path) -> tuple[int, str]:
-    stat = path.stat()
-    return stat.st_size, _cached_digest(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
-
-
-@functools.lru_cache(maxsize=4096)
-def _cached_digest(path: Path, _size: int, _changed: int, _inode: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
