@@ -40,6 +40,7 @@ class Run:
         threads: threads a pass may use.
         inputs: named inputs (`teacher`, `data`) as the recipe gave them: Checkpoints or texts.
         texts: calibration documents, or () where the pass needs none.
+        tokens, sequence: how many tokens of them a calibrated pass sees in all, and in one window.
         scratch: directory for resumable state of this stage, or None.
         progress: called as progress(what, done, total).
     """
@@ -49,6 +50,8 @@ class Run:
     threads: int = 1
     inputs: Mapping[str, Any] = field(default_factory=dict)
     texts: tuple[str, ...] = ()
+    tokens: int = 65536
+    sequence: int = 512
     scratch: Any = None
     progress: Progress = no_progress
 
