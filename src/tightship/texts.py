@@ -1,0 +1,176 @@
+"""From text to windows of tokens, for calibration and for proofs.
+
+A *document* is a string; documents are never run together. A *window* is a 1-D int64 array of token ids, wrapped in
+the special tokens that the tokenizer itself puts around a text (`<s>`, `[CLS] ... [SEP]`).
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tightship.checkpoint import Checkpoint
+from tightship.errors import Malformed, Unsupported, UsageError
+from tightship.modelview import ModelView
+
+SHORTEST = 8  # a shorter rest of a document says little; it is left out
+_ROWS_AT_ONCE = 16
+
+
+def read_documents(path: str | Path) -> tuple[str, ...]:
+    """Documents of a UTF-8 file: every line's `text` for `.jsonl`, else the file as one document.
+
+    Raises:
+        UsageError: no such file.
+        Malformed: not UTF-8, or a line of JSON without a `text` string; or nothing but white space.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UsageError(f"text file {file} does not exist")
+    try:
+        content = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise Malformed(f"{file.name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    documents = _json_lines(file.name, content) if file.suffix == ".jsonl" else [content]
+    found = tuple(d for d in documents if d.strip())
+    if not found:
+        raise Malformed(f"{file.name} holds no text")
+    return found
+
+
+def _json_lines(name: str, content: str) -> list[str]:
+    documents = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line).get("text")
+        except (ValueError, AttributeError) as error:
+            raise Malformed(f"{name}, line {number}: not a JSON object") from error
+        if not isinstance(text, str):
+            raise Malformed(f"{name}, line {number}: needs a string under `text`, found {type(text).__name__}")
+        documents.append(text)
+    return documents
+
+
+def token_windows(
+    checkpoint: Checkpoint, documents: Iterable[str], *, tokens: int, sequence: int
+) -> tuple[np.ndarray, ...]:
+    """Windows of at most `sequence` tokens (and the model's context), in document order, `tokens` in all at most.
+
+    Raises:
+        Unsupported: the checkpoint has no tokenizer that can be read.
+        Malformed: the documents hold no window of at least 8 tokens.
+    """
+    encode, before, after = _encoder(checkpoint)
+    length = min(sequence, int(checkpoint.hyper.get("context", sequence)))
+    room = length - len(before) - len(after)
+    windows: list[np.ndarray] = []
+    left = tokens
+    for document in documents:
+        ids = encode(document)
+        for start in range(0, len(ids), room):
+            piece = ids[start : start + min(room, left - len(before) - len(after))]
+            if len(piece) < SHORTEST:
+                break
+            windows.append(np.array([*before, *piece, *after], np.int64))
+            left -= len(windows[-1])
+        if left < SHORTEST + len(before) + len(after):
+            break
+    if not windows:
+        raise Malformed(f"the text has no document of at least {SHORTEST} tokens", hint="give a longer text")
+    return tuple(windows)
+
+
+def generated_windows(view: ModelView, *, tokens: int, sequence: int, seed: int) -> tuple[np.ndarray, ...]:
+    """Text that the model makes: sampled at temperature 1 from its beginning-of-text token, as ids.
+
+    Raises:
+        Unsupported: not a text-generation model.
+    """
+    checkpoint = view.checkpoint
+    if checkpoint.architecture.task != "text-generation":
+        raise Unsupported(
+            f"a {checkpoint.architecture.family} model ({checkpoint.architecture.task}) cannot write its own text",
+            hint="give a text file",
+        )
+    length = min(sequence, tokens, int(checkpoint.hyper.get("context", sequence)))
+    rng = np.random.default_rng(seed)
+    rows = max(1, tokens // length)
+    first = checkpoint.config.get("bos_token_id")
+    first = first[0] if isinstance(first, list) else first
+    vocabulary = int(checkpoint.hyper["vocab"])
+    starts = rng.integers(0, vocabulary, rows) if first is None else np.full(rows, int(first))
+    parts = [_sample(view, starts[i : i + _ROWS_AT_ONCE], length, rng) for i in range(0, rows, _ROWS_AT_ONCE)]
+    return tuple(np.concatenate(parts))
+
+
+def _sample(view: ModelView, starts: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
+    """(rows, length) int64. Probabilities and sums are float64, so that a draw does not hang on float32 noise."""
+    import torch
+
+    module = view.module()
+    ids = np.asarray(starts, np.int64).reshape(-1, 1)
+    cache: Any = None
+    with view.computing():
+        while ids.shape[1] < length:
+            last = torch.from_numpy(ids[:, -1:]).to(view.device)
+            found = module(input_ids=last, past_key_values=cache, use_cache=True)
+            cache = found.past_key_values
+            logits = found.logits[:, -1].double().cpu().numpy()
+            weights = np.cumsum(np.exp(logits - logits.max(axis=1, keepdims=True)), axis=1)
+            draws = rng.random(len(ids)) * weights[:, -1]
+            chosen = [np.searchsorted(row, draw, side="right") for row, draw in zip(weights, draws, strict=True)]
+            following = np.minimum(chosen, weights.shape[1] - 1)
+            ids = np.concatenate([ids, following[:, None].astype(np.int64)], axis=1)
+    return ids
+
+
+def _encoder(checkpoint: Checkpoint) -> tuple[Any, Sequence[int], Sequence[int]]:
+    """A function text -> ids without special tokens, and the special tokens before and after a text."""
+    raw = checkpoint.files.get("tokenizer.json")
+    if raw is not None:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_buffer(raw)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+
+        def encode(text: str, special: bool = False) -> list[int]:
+            return list(tokenizer.encode(text, add_special_tokens=special).ids)
+    else:
+        slow = _slow_tokenizer(checkpoint)
+
+        def encode(text: str, special: bool = False) -> list[int]:
+            return list(slow.encode(text, add_special_tokens=special))
+
+    probe = "a"
+    plain, wrapped = encode(probe), encode(probe, True)
+    for start in range(len(wrapped) - len(plain) + 1):
+        if wrapped[start : start + len(plain)] == plain:
+            return encode, wrapped[:start], wrapped[start + len(plain) :]
+    raise Unsupported("the tokenizer changes a text's tokens when it adds its special ones")
+
+
+def _slow_tokenizer(checkpoint: Checkpoint) -> Any:
+    """transformers' tokenizer from the small files, for models without tokenizer.json."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in checkpoint.files.items():
+            target = Path(folder) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+        (Path(folder) / "config.json").write_text(json.dumps({"model_type": checkpoint.config.get("model_type")}))
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            raise Unsupported(
+                f"{checkpoint.name} has no tokenizer that can be read: {str(error).splitlines()[0][:200]}",
+                hint="put tokenizer.json beside the weights",
+            ) from error

@@ -1,0 +1,91 @@
+"""Documents, windows, and text that a model makes, on the embedded demo checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from tightship.checkpoint import Checkpoint
+from tightship.errors import Malformed, Unsupported, UsageError
+from tightship.modelview import ModelView
+from tightship.opening import open_checkpoint
+from tightship.texts import generated_windows, read_documents, token_windows
+
+EMBER = Path(__file__).parents[2] / "examples" / "ember"
+
+
+@pytest.fixture(scope="module")
+def ember() -> Checkpoint:
+    return open_checkpoint(EMBER)
+
+
+def test_documents_of_a_text_file_and_of_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "one", "id": 1}\n\n{"text": "two"}\n')
+    assert read_documents(tmp_path / "a.txt") == ("one\n\ntwo\n",)
+    assert read_documents(tmp_path / "b.jsonl") == ("one", "two")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error"),
+    [
+        ("a.jsonl", b'{"text": 3}\n', Malformed),
+        ("a.jsonl", b'["text"]\n', Malformed),
+        ("a.txt", b"\xff\xfe", Malformed),
+        ("a.txt", b" \n", Malformed),
+        ("missing.txt", None, UsageError),
+    ],
+)
+def test_bad_text_files(tmp_path: Path, name: str, content: bytes | None, error: type[Exception]) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(error):
+        read_documents(tmp_path / name)
+
+
+def test_windows_are_the_tokenizers_ids_and_documents_stay_apart(ember: Checkpoint) -> None:
+    texts = ["The quick brown fox jumps over the lazy dog. " * 20, "It was a dark and stormy night. " * 20]
+    windows = token_windows(ember, texts, tokens=10_000, sequence=64)
+    tokenizer = Tokenizer.from_file(str(EMBER / "tokenizer.json"))
+    expected = []
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        pieces = [ids[i : i + 64] for i in range(0, len(ids), 64)]
+        expected += [piece for piece in pieces if len(piece) >= 8]
+    assert [w.tolist() for w in windows] == expected
+
+
+def test_no_more_tokens_than_asked_for(ember: Checkpoint) -> None:
+    windows = token_windows(ember, ["The quick brown fox jumps over the lazy dog. " * 50], tokens=150, sequence=64)
+    assert [len(w) for w in windows] == [64, 64, 22]
+
+
+def test_a_text_without_a_window_is_an_error(ember: Checkpoint) -> None:
+    with pytest.raises(Malformed, match="8 tokens"):
+        token_windows(ember, ["ab"], tokens=100, sequence=64)
+
+
+def test_no_tokenizer_is_unsupported(ember: Checkpoint) -> None:
+    with pytest.raises(Unsupported, match="tokenizer"):
+        token_windows(ember.replace(files={}), ["some text"], tokens=100, sequence=64)
+
+
+def test_generated_text_follows_the_model_and_the_seed(ember: Checkpoint) -> None:
+    view = ModelView(ember, threads=1)
+    windows = generated_windows(view, tokens=32 * 48, sequence=48, seed=3)
+    again = generated_windows(view, tokens=32 * 48, sequence=48, seed=3)
+    other = generated_windows(view, tokens=32 * 48, sequence=48, seed=4)
+    np.testing.assert_array_equal(windows, again)
+    assert not np.array_equal(windows, other)
+    assert {len(w) for w in windows} == {48}
+    assert {int(w[0]) for w in windows} == {ember.config["bos_token_id"]}
+    # Sampled from the model itself, the mean surprise must be near the model's own entropy; chance would be log(1024).
+    logits = view.outputs(np.stack(windows))["logits"][:, :-1].astype(np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    surprise = -np.take_along_axis(log_p, np.stack(windows)[:, 1:, None], axis=-1)[..., 0]
+    entropy = -(np.exp(log_p) * log_p).sum(axis=-1)
+    spread = (surprise - entropy).std() / np.sqrt(surprise.size)
+    assert abs((surprise - entropy).mean()) < 5 * spread
