@@ -24,6 +24,10 @@ import numpy as np
 
 from tightship.dtypes import dtype
 from tightship.errors import Malformed, Unsupported
+from tightship.formats.layouts import ggml_kernels as kernels
+from tightship.formats.layouts.ggml_base import row_mean_square
+from tightship.formats.layouts.ggml_search import signed_steps
+from tightship.formats.threads import over_blocks
 from tightship.layout import AffineGrid, Arrays, ArraySpec, Context, Layout
 
 F16_MAX = 65504.0
@@ -79,9 +83,16 @@ class Affine(Layout):
         return specs
 
     def fit(self, w: np.ndarray, importance: np.ndarray | None = None, context: Context | None = None) -> Arrays:
-        """Round-to-nearest scales; `importance` is not used here (solvers search with it)."""
-        blocks = self._blocks(np.ascontiguousarray(w, np.float32))
-        return self._fit_symmetric(blocks, w.shape) if self.symmetric else self._fit_asymmetric(blocks)
+        """Round-to-nearest, or with importance the search of Q4_0 and Q5_0 (symmetric layouts below 8 bits).
+
+        Eight symmetric bits ignore the importance, as Q8_0 does; asymmetric layouts search the range.
+        """
+        w = np.ascontiguousarray(w, np.float32)
+        if not self.symmetric:
+            return self._fit_asymmetric(self._blocks(w))
+        if importance is None or self.bits == 8:
+            return self._fit_symmetric(w)
+        return self._search_symmetric(w, importance, context or Context())
 
     def grid(self, params: Mapping[str, np.ndarray]) -> AffineGrid:
         scale = params["scale"].astype(np.float32)
@@ -115,23 +126,29 @@ class Affine(Layout):
             return params["codes"].shape[1]
         return 1  # one column per row group; broadcasts over the row
 
-    def _fit_symmetric(self, blocks: np.ndarray, shape: tuple[int, ...]) -> Arrays:
-        peak_at = np.argmax(np.abs(blocks), axis=2, keepdims=True)  # first of equals, as the reference
-        peak = np.take_along_axis(blocks, peak_at, axis=2)[..., 0]  # (rows, groups) signed
+    def _fit_symmetric(self, w: np.ndarray) -> Arrays:
+        rows, cols = w.shape
+        blocks = w.reshape(rows * self.blocks_per_row(cols), -1)
+        scale, codes = np.empty(len(blocks), np.float32), np.empty(blocks.shape, np.int8)
         if self.bits == 8:
-            scale = np.abs(peak) / np.float32(127)
+            over_blocks(kernels.round_bytes, len(blocks), blocks, blocks.view(np.int32), scale, codes)
         else:
-            scale = peak / np.float32(self.lo)
-        stored = self._store(scale)
-        inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)[..., None]
-        scaled = blocks * inverse
-        if self.bits == 8:  # half away from zero, as C's roundf
-            codes = np.trunc(scaled + np.copysign(np.float32(0.5), scaled))
-            codes = np.clip(codes, -127, 127)
-        else:
-            shift = np.float32(-self.lo + 0.5)
-            codes = np.minimum(np.trunc(scaled + shift), -self.lo + self.hi) + self.lo
-        return {"codes": codes.astype(np.int8).reshape(shape), "scale": stored}
+            over_blocks(kernels.round_symmetric, len(blocks), blocks, blocks.view(np.int32), self.lo, scale, codes)
+        return {"codes": codes.reshape(w.shape), "scale": self._store(scale.reshape(rows, -1))}
+
+    def _search_symmetric(self, w: np.ndarray, importance: np.ndarray, context: Context) -> Arrays:
+        """Scales of least weighted squared error, weights importance * sqrt(mean square of the row + x^2)."""
+        rows, cols = w.shape
+        per_row = self.blocks_per_row(cols)
+        blocks = rows * per_row
+        scale, kept = np.empty(blocks, np.float32), np.empty((blocks, 2), np.float32)
+        codes = np.empty((blocks, cols // per_row), np.int8)
+        over_blocks(
+            kernels.search_symmetric, blocks, w.reshape(-1), np.ascontiguousarray(importance, np.float32), per_row,
+            row_mean_square(w, context), codes.shape[1], float(-self.lo), signed_steps(-self.lo), scale, kept,
+        )  # fmt: skip
+        over_blocks(kernels.kept_codes, blocks, w.reshape(-1), kept, self.lo, self.hi, codes)
+        return {"codes": codes.reshape(w.shape), "scale": self._store(scale.reshape(rows, per_row))}
 
     def _fit_asymmetric(self, blocks: np.ndarray) -> Arrays:
         low = np.minimum(blocks.min(axis=2), np.float32(0))

@@ -17,7 +17,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from tightship.formats.layouts.ggml_base import GgmlLayout
+from tightship.formats.layouts import ggml_kernels as kernels
+from tightship.formats.layouts.ggml_base import GgmlLayout, row_mean_square, to_half
+from tightship.formats.layouts.ggml_search import affine_steps
+from tightship.formats.threads import over_blocks
 from tightship.layout import AffineGrid, Arrays, Context
 
 
@@ -30,18 +33,37 @@ class _Minimum(GgmlLayout):
     parameters: ClassVar[dict[str, tuple[type[np.generic], int]]] = {"d": (np.float16, 1), "m": (np.float16, 1)}
     zero: ClassVar[bool] = False
 
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
     def fit(self, w: np.ndarray, importance: np.ndarray | None = None, context: Context | None = None) -> Arrays:
-        """`quantize_row_q4_1_ref` / `q5_1_ref` of ggml-quants.c."""
-        blocks = np.ascontiguousarray(w, np.float32).reshape(w.shape[0], self.blocks_per_row(w.shape[1]), self.width)
-        m = blocks.min(axis=2)
-        d = (blocks.max(axis=2) - m) / np.float32((1 << self.bits) - 1)
-        inverse = np.divide(np.float32(1), d, out=np.zeros_like(d), where=d != 0)[..., None]
-        codes = np.trunc((blocks - m[..., None]) * inverse + np.float32(0.5)).clip(0, (1 << self.bits) - 1)
-        return {"codes": codes.astype(np.uint8).reshape(w.shape), "d": d.astype(np.float16), "m": m.astype(np.float16)}
+        """`quantize_row_q4_1_ref` without importance, `quantize_row_q4_1_impl` with it (or q5_1) of ggml-quants.c."""
+        w = np.ascontiguousarray(w, np.float32)
+        blocks = w.reshape(len(w) * self.blocks_per_row(w.shape[1]), self.width)
+        d, m, codes = np.empty(len(blocks), np.float32), np.empty(len(blocks), np.float32), np.empty(w.shape, np.uint8)
+        codes = codes.reshape(blocks.shape)
+        if importance is None:
+            over_blocks(kernels.round_affine, len(blocks), blocks, blocks.view(np.int32), self.top, d, m, codes)
+        else:
+            self._search(w, np.ascontiguousarray(importance, np.float32), context or Context(), d, m, codes)
+        steps = {"d": to_half(d, self.name).reshape(len(w), -1), "m": to_half(m, self.name).reshape(len(w), -1)}
+        return {"codes": codes.reshape(w.shape), **steps}
+
+    def _search(
+        self, w: np.ndarray, importance: np.ndarray, context: Context, d: np.ndarray, m: np.ndarray, codes: np.ndarray
+    ) -> None:
+        kept = np.empty((len(codes), 2), np.float32)
+        over_blocks(
+            kernels.search_affine, len(codes), w.reshape(-1), importance, w.shape[1] // self.width,
+            row_mean_square(w, context), float(self.top), affine_steps(-0.9, 0.05, 36, self.top), d, m, kept,
+        )  # fmt: skip
+        over_blocks(kernels.kept_codes, len(codes), w.reshape(-1), kept, 0, self.top, codes)
 
     def grid(self, params: Mapping[str, np.ndarray]) -> AffineGrid:
         d, m = (np.repeat(params[key].astype(np.float32), self.width, axis=1) for key in ("d", "m"))
-        return AffineGrid(d, m, 0, (1 << self.bits) - 1)
+        return AffineGrid(d, m, 0, self.top)
 
     def values(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         d, m = (np.repeat(arrays[key].astype(np.float64), self.width, axis=1) for key in ("d", "m"))

@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from tightship.errors import Unsupported
-from tightship.layout import ArraySpec, Layout
+from tightship.formats.layouts import ggml_kernels as kernels
+from tightship.formats.threads import over_blocks
+from tightship.layout import ArraySpec, Context, Layout
 
 F16_MAX = 65504.0
 
@@ -65,3 +67,12 @@ def to_half(x: np.ndarray, name: str) -> np.ndarray:
             hint="these weights are far out of the usual range; use an f32 or bf16 target for this tensor",
         )
     return stored
+
+
+def row_mean_square(w: np.ndarray, context: Context) -> np.ndarray:
+    """(rows,) float32: of the context, which knows the whole row, or of `w` itself."""
+    if context.row_mean_square is not None:
+        return context.row_mean_square
+    result = np.empty(len(w), np.float32)
+    over_blocks(kernels.row_mean_squares, len(w), w.reshape(-1), w.shape[1], result)
+    return result

@@ -1,8 +1,9 @@
+# ruff: noqa: PLR0917  kernels take positional arguments only
 """Kernels of the K-quants: sixteen super-blocks of 256 weights at a time, one in each lane.
 
-Arrays, B blocks of S sub-blocks: `w` is flat float32; `importance` is (cols,) float32, empty for the searches without it;
-`d` and `dmin` are float32 (B,), not yet rounded to float16; `scales`, `mins` are integers (B, S); `kept` is float32 (B, S, 2),
-the factor and base that give back the codes of the search (see `ggml_search`).
+Arrays, B blocks of S sub-blocks: `w` is flat float32; `importance` is (cols,) float32, empty for the searches without
+it; `d` and `dmin` are float32 (B,), not yet rounded to float16; `scales`, `mins` are integers (B, S); `kept` is float32
+(B, S, 2), the factor and base that give back the codes of the search (see `ggml_search`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 from numba import njit
 
 from tightship.formats.lanes import absolute, load, root, splat, store, where
+from tightship.formats.layouts.ggml_kernels import nearest_code
 from tightship.formats.layouts.ggml_search import (
     ABOVE,
     TINY,
@@ -261,10 +263,3 @@ def encode(
                 factor, base = kept[block, j, 0], kept[block, j, 1]
                 for i in range(entries):
                     codes[block, at + i] = nearest_code(factor * (w[start + i] - base), low, high)
-
-
-@njit(cache=True, nogil=True)
-def nearest_code(v: float, low: int, high: int) -> int:
-    """Nearest integer within [low, high], ties to even."""
-    v = min(max(v, np.float32(low)), np.float32(high))
-    return np.int32((v + np.float32(12582912.0)) - np.float32(12582912.0))
