@@ -9,11 +9,11 @@ import re
 from tightship.errors import UsageError
 from tightship.layout import Layout
 
-_MODULES = ("affine", "ggml_affine", "k_quants")
+_MODULES = ("affine", "ggml_affine", "k_quants", "iq4", "ternary", "mx")
 for _module in _MODULES:
     importlib.import_module(f"tightship.formats.layouts.{_module}")
 
-_GGML = ("q4_1", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+_GGML = ("q4_1", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0", "mxfp4", "nvfp4")
 
 _INT = re.compile(r"int(?P<bits>[2-8])(?:-(?:g(?P<group>[1-9]\d*)|(?P<channel>channel)))?(?P<asym>-asym)?")
 

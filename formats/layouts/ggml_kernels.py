@@ -130,7 +130,8 @@ def round_ternary(first: int, last: int, w: Any, bits: Any, d: Any, codes: Any) 
 def round_fp4(first: int, last: int, w: Any, unit: Any, codes: Any) -> None:
     """Nearest E2M1 codes for `unit` (blocks,), the value of 1.0; ties to the smaller magnitude, zero is +0."""
     for block in range(first, last):
-        x, one = w[block], unit[block]
+        # Nothing is nearer than 0 to a scale of 0.
+        x, one = w[block], unit[block] if unit[block] > 0 else np.float32(np.inf)
         t0, t1, t2 = np.float32(0.25) * one, np.float32(0.75) * one, np.float32(1.25) * one
         t3, t4, t5, t6 = np.float32(1.75) * one, np.float32(2.5) * one, np.float32(3.5) * one, np.float32(5) * one
         for i in range(len(x)):

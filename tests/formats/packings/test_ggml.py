@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize, quantize
 
 from tightship.errors import Malformed, Unsupported
 from tightship.formats import libggml
@@ -48,11 +48,20 @@ def test_random_bytes_decode_as_gguf_decodes_them(name: str) -> None:
     np.testing.assert_allclose(ours[finite], theirs[finite], rtol=1e-6, atol=np.abs(theirs[finite]).max() * 1e-7)
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", [name for name in TYPES if name != "TQ1_0"])
 def test_random_bytes_come_back(name: str) -> None:
     data = random_bytes(name)
     layout, arrays = unpack_ggml(name, data, 4 * BLOCK_TYPES[name].block)
     assert np.array_equal(pack_ggml(name, arrays, layout), data)
+
+
+def test_tq1_0_bytes_come_back() -> None:
+    """Not every byte is in use there, so begin from trits."""
+    w = np.random.default_rng(1).integers(-1, 2, (3, 1024)).astype(np.float32)
+    data = quantize(w, GGMLQuantizationType.TQ1_0)
+    layout, arrays = unpack_ggml("TQ1_0", data, 1024)
+    assert np.array_equal(layout.values(arrays), w)
+    assert np.array_equal(pack_ggml("TQ1_0", arrays, layout), data)
 
 
 def test_q4_0_block_by_hand() -> None:
@@ -140,12 +149,7 @@ def test_refusals() -> None:
 def test_floats_match_gguf(name: str) -> None:
     w = np.random.default_rng(3).normal(0, 5, (4, 33)).astype(np.float32)
     kind = GGMLQuantizationType[name]
-    if name == "BF16":
-        from gguf import quantize
-
-        expected = quantize(w, kind)
-    else:
-        expected = w.astype({"F32": np.float32, "F16": np.float16}[name]).view(np.uint8)
+    expected = np.ascontiguousarray(quantize(w, kind)).view(np.uint8)
     data = pack_floats(name, w)
     assert np.array_equal(data, expected)
     assert data.shape == (4, row_bytes(name, 33))

@@ -1,0 +1,133 @@
+"""MXFP4 and NVFP4: the floats of four bits (E2M1) with a one-byte scale for each group.
+
+| array | dtype | mxfp4             | nvfp4             | meaning                                                |
+|-------|-------|-------------------|-------------------|--------------------------------------------------------|
+| codes | uint8 | (rows, cols)      | (rows, cols)      | 0..15: bit 3 sign, magnitude `LEVELS[code & 7]`        |
+| scale | uint8 | (rows, cols / 32) | (rows, cols / 16) | E8M0: 2^(scale - 127); UE4M3: bits of `ue4m3_values`   |
+
+value = level * scale (* `tensor_scale`, NVFP4 only: the format's second, float32 scale, one for the whole tensor; GGUF
+stores it as a tensor of its own beside the blocks).
+
+Scales are GGML's (`quantize_row_mxfp4_ref`, `quantize_row_nvfp4_ref`); there is no search, importance changes nothing.
+OCP Microscaling Formats 1.0, sections 5.3 and 6.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from tightship.errors import Malformed
+from tightship.formats.layouts import ggml_kernels as kernels
+from tightship.formats.layouts.ggml_base import GgmlLayout
+from tightship.formats.threads import over_blocks
+from tightship.layout import Arrays, Context, TableGrid
+
+LEVELS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+TABLE = np.concatenate([LEVELS, -LEVELS])
+LARGEST_UE4M3 = np.float32(448)
+
+
+class _Fp4(GgmlLayout):
+    """Base of the two types; groups of `group` weights."""
+
+    group: ClassVar[int]
+    code_dtype: ClassVar[type[np.integer]] = np.uint8
+    zero: ClassVar[bool] = True
+
+    def unit(self, scale: np.ndarray) -> np.ndarray:
+        """float64 value of level 1.0 for stored scales."""
+        raise NotImplementedError
+
+    def store(self, magnitude: np.ndarray) -> np.ndarray:
+        """uint8 scales for groups of these largest magnitudes, float32."""
+        raise NotImplementedError
+
+    def fit(self, w: np.ndarray, importance: np.ndarray | None = None, context: Context | None = None) -> Arrays:  # noqa: ARG002
+        w = np.ascontiguousarray(w, np.float32)
+        self.blocks_per_row(w.shape[1])
+        groups = w.reshape(-1, self.group)
+        magnitude, codes = np.empty(len(groups), np.float32), np.empty(groups.shape, np.uint8)
+        over_blocks(kernels.magnitudes, len(groups), groups.view(np.int32), magnitude)
+        scale = self.store(magnitude)
+        over_blocks(kernels.round_fp4, len(groups), groups, self.unit(scale).astype(np.float32), codes)
+        return {"codes": codes.reshape(w.shape), "scale": scale.reshape(len(w), -1)}
+
+    def grid(self, params: Mapping[str, np.ndarray]) -> TableGrid:
+        return TableGrid(np.repeat(self.unit(params["scale"]).astype(np.float32), self.group, axis=1), TABLE)
+
+    def values(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        unit = np.repeat(self.unit(arrays["scale"]), self.group, axis=1)
+        return TABLE.astype(np.float64)[arrays["codes"]] * unit
+
+
+@dataclass(frozen=True)
+class MXFP4(_Fp4):
+    """4.25 bits a weight."""
+
+    kind: ClassVar[str] = "mxfp4"
+    width: ClassVar[int] = 32
+    group: ClassVar[int] = 32
+    parameters: ClassVar[dict[str, tuple[type[np.generic], int]]] = {"scale": (np.uint8, 1)}
+
+    def unit(self, scale: np.ndarray) -> np.ndarray:
+        return np.ldexp(1.0, scale.astype(np.int32) - 127)
+
+    def store(self, magnitude: np.ndarray) -> np.ndarray:
+        """floor(log2 magnitude) - 2, biased; 0 for zero groups and below 2^-125."""
+        mantissa, exponent = np.frexp(magnitude.astype(np.float64))
+        # The reference takes log2 in float32, which rounds up just below a power of two; the slope of log2 there is
+        # 1 / ln 2, and further down only the floor matters.
+        log2 = (exponent - (1 - mantissa) / np.log(2)).astype(np.float32)
+        stored = np.clip(np.floor(log2) + np.float32(125), 0, 254)
+        return np.where(magnitude > 0, stored, 0).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class NVFP4(_Fp4):
+    """4.5 bits a weight."""
+
+    kind: ClassVar[str] = "nvfp4"
+    width: ClassVar[int] = 64
+    group: ClassVar[int] = 16
+    parameters: ClassVar[dict[str, tuple[type[np.generic], int]]] = {"scale": (np.uint8, 4)}
+    tensor_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.tensor_scale > 0 and np.isfinite(self.tensor_scale) and np.float32(self.tensor_scale) > 0):
+            raise Malformed(f"an nvfp4 tensor scale must be a positive float32, found {self.tensor_scale!r}")
+
+    @classmethod
+    def for_tensor(cls, magnitude: float) -> NVFP4:
+        """The layout whose largest group scale, 448, says the largest magnitude of the tensor."""
+        return cls(float(np.float32(magnitude) / (LARGEST_UE4M3 * LEVELS[-1]))) if magnitude > 0 else cls()
+
+    def unit(self, scale: np.ndarray) -> np.ndarray:
+        return ue4m3_values(scale) * float(np.float32(self.tensor_scale))
+
+    def store(self, magnitude: np.ndarray) -> np.ndarray:
+        return to_ue4m3(magnitude / np.float32(self.tensor_scale) / LEVELS[-1])
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "tensor_scale": self.tensor_scale}
+
+
+def ue4m3_values(scale: np.ndarray) -> np.ndarray:
+    """float64 of unsigned E4M3 bytes: four exponent bits of bias 7, three of mantissa; 0x7F is 0, as in GGML."""
+    exponent, mantissa = (scale >> 3 & 15).astype(np.int32), (scale & 7).astype(np.float64)
+    normal = np.ldexp(1 + mantissa / 8, exponent - 7)
+    return np.where(scale == 0x7F, 0.0, np.where(exponent == 0, np.ldexp(mantissa, -9), normal))
+
+
+def to_ue4m3(x: np.ndarray) -> np.ndarray:
+    """UE4M3 bytes of non-negative float32, halves up, at most 448 (0x7E); GGML skips codes between 240 and 448."""
+    x = np.minimum(x, LARGEST_UE4M3)
+    bits = x.view(np.uint32)
+    # Dropping 20 of 23 mantissa bits with a carry into the exponent; the bias changes from 127 to 7.
+    normal = ((bits + np.uint32(1 << 19)) >> 20).astype(np.int64) - (120 << 3)
+    normal = np.where(normal >= 15 << 3, 0x7E, normal)
+    small = np.minimum((x * np.float32(512) + np.float32(0.5)).astype(np.int64), 7)
+    return np.where(x < np.float32(2.0**-6), small, normal).astype(np.uint8)
