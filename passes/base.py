@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -28,6 +28,12 @@ from tightship.target import Progress, no_progress
 
 PROPERTIES = frozenset({"structure", "mask", "grid", "ties", "factors"})
 Needs = Literal["nothing", "calibration", "gradients", "model"]
+
+Report = Callable[[str, Mapping[str, float | int | str]], None]
+
+
+def no_report(name: str, figures: Mapping[str, float | int | str]) -> None:
+    """The default: figures are dropped."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +45,11 @@ class Run:
         device: `cpu` or `cuda`.
         threads: threads a pass may use.
         inputs: named inputs (`teacher`, `data`) as the recipe gave them: Checkpoints or texts.
-        texts: calibration documents, or () where the pass needs none.
+        texts: calibration documents; () where the pass needs none, or where the model writes its own.
         tokens, sequence: how many tokens of them a calibrated pass sees in all, and in one window.
         scratch: directory for resumable state of this stage, or None.
         progress: called as progress(what, done, total).
+        report: called as report(tensor name, figures) with what a pass found out about a tensor.
     """
 
     seed: int = 0
@@ -54,6 +61,7 @@ class Run:
     sequence: int = 512
     scratch: Any = None
     progress: Progress = no_progress
+    report: Report = no_report
 
 
 class Pass(ABC):

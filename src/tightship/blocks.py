@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 TOKENS_AT_ONCE = 4096
 
 Observer = Callable[[tuple[str, ...], Any], None]
-"""observer(names, x): `x` (tokens, in) float32 torch is multiplied with each of the named matrices."""
+"""observer(names, x): the float32 tensor `x` (..., in) is multiplied with each of the named matrices."""
 
 
 @dataclass
@@ -283,8 +283,7 @@ def _multiplications(factors: Mapping[int, tuple[str, ...]], observer: Observer)
             if at is not None and len(args) > at[1]:
                 names = factors.get(args[at[1]].data_ptr())
                 if names is not None:
-                    x = args[at[0]]
-                    observer(names, x.reshape(-1, x.shape[-1]))
+                    observer(names, args[at[0]])
             return func(*args, **(kwargs or {}))
 
     with Watch():
