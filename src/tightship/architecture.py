@@ -13,7 +13,7 @@ import fnmatch
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any
@@ -87,7 +87,7 @@ class Architecture:
         """Canonical hyper-parameters of a concrete config.json.
 
         Each entry of `config` is a key name, or a list of alternatives tried in order; an alternative starting with
-        `=` is an expression over what was already found.
+        `=` is an expression over what was already found, one starting with `#` counts the entries under a key.
 
         Raises:
             Malformed: none of the alternatives is there.
@@ -99,9 +99,9 @@ class Architecture:
                 if option.startswith("="):
                     found[name] = literal(option[1:], found)
                     break
-                value = _dig(config, option)
+                value = _dig(config, option.removeprefix("#"))
                 if value is not None:
-                    found[name] = value
+                    found[name] = len(value) if option.startswith("#") else value
                     break
             else:
                 raise Malformed(
@@ -138,10 +138,26 @@ class Architecture:
         Raises:
             Unsupported: naming the key, its value and why.
         """
-        for rule in self.refuses:
+        self._refuse(self.refuses, config, "")
+
+    def check_gguf(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The `gguf` section, after a look at the config features that llama.cpp would compute differently.
+
+        Raises:
+            Unsupported: the family has no GGUF mapping, or the config asks for something its graph does not do.
+        """
+        if self.gguf is None:
+            raise Unsupported(
+                f"{self.family} has no GGUF form: {self.gguf_refusal}", hint="export to onnx or safetensors"
+            )
+        self._refuse(self.gguf.get("requires", ()), config, " in GGUF")
+        return self.gguf
+
+    def _refuse(self, rules: Iterable[Mapping[str, Any]], config: Mapping[str, Any], where: str) -> None:
+        for rule in rules:
             value = _dig(config, rule["key"])
             if value is not None and value not in rule["allowed"]:
-                raise Unsupported(f"{self.family}: config {rule['key']} = {value!r} is not supported: {rule['why']}")
+                raise Unsupported(f"{self.family}: {rule['key']} = {value!r} is not supported{where}: {rule['why']}")
 
 
 def literal(expression: str, hyper: Mapping[str, Any]) -> Any:
@@ -245,7 +261,7 @@ def _variant(whole: Architecture, data: Mapping[str, Any]) -> Architecture:
         task=data["task"],
         tensors=(*body, *map(_rule, data["tensors"])),
         ties=tuple((a, b) for a, b in data["ties"]),
-        ignored=(*whole.ignored, *data["ignored"]),
+        ignored=tuple(data["ignored"]),
         block_prefix=block_prefix,
         gguf=None if "gguf_refusal" in data else whole.gguf,
         gguf_refusal=refusal,

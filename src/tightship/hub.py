@@ -36,15 +36,15 @@ def download(repository: str, revision: str | None, progress: Progress) -> tuple
     disable_progress_bars()
     if constants.HF_HUB_OFFLINE:
         with _translated(repository, revision):
-            folder = Path(huggingface_hub.snapshot_download(repository, revision=revision, local_files_only=True))
-        return folder, folder.name
+            cached = Path(huggingface_hub.snapshot_download(repository, revision=revision, local_files_only=True))
+        return cached, cached.name
     endpoint = os.environ.get("HF_ENDPOINT")
     with _translated(repository, revision):
         info = huggingface_hub.HfApi(endpoint=endpoint).model_info(repository, revision=revision, files_metadata=True)
     commit = str(info.sha)
     siblings = {s.rfilename: s for s in info.siblings or []}
     wanted = wanted_files(siblings)
-    folder = None
+    folder: Path | None = None
     for done, name in enumerate(wanted):
         progress(f"download {name}", done, len(wanted))
         with _translated(repository, revision):

@@ -193,7 +193,8 @@ def test_a_server_error_is_exit_4(hub: Hub) -> None:
 
 
 @pytest.mark.parametrize("source", ["org/nothing", "org/ember@v9"])
-def test_not_found_is_exit_2(hub: Hub, source: str) -> None:
+@pytest.mark.usefixtures("hub")
+def test_not_found_is_exit_2(source: str) -> None:
     with pytest.raises(UsageError, match="the hub has no") as caught:
         open_checkpoint(source)
     assert caught.value.exit_code == 2

@@ -1,0 +1,195 @@
+"""Every family's data file against what transformers itself saves: nothing unknown, nothing missing, shapes right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from tightship.architecture import all_architectures, architecture_for, build, literal
+from tightship.errors import Malformed, Unsupported
+from tightship.opening import open_checkpoint
+from tightship.weights import Alias
+
+SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+FALCON = SIZES
+ENCODER = {**SIZES, "intermediate_size": 96, "max_position_embeddings": 64}
+DECODER = {**ENCODER, "num_key_value_heads": 2}
+GPT2 = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+OPT = {**SIZES, "ffn_dim": 96, "max_position_embeddings": 64}
+DISTIL = {"vocab_size": 96, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96, "max_position_embeddings": 64}
+BERT_HEADS = ("ForPreTraining", "ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice")
+BERT_HEADS += ("ForNextSentencePrediction",)
+FALCON_NEW = {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}
+
+# (config class, model class, options)
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("LlamaConfig", "LlamaForCausalLM", DECODER),
+    ("LlamaConfig", "LlamaForCausalLM", {**DECODER, "tie_word_embeddings": True, "head_dim": 32}),
+    ("LlamaConfig", "LlamaForCausalLM", {**DECODER, "attention_bias": True, "mlp_bias": True}),
+    ("MistralConfig", "MistralForCausalLM", DECODER),
+    ("Qwen2Config", "Qwen2ForCausalLM", DECODER),
+    ("Qwen2Config", "Qwen2ForCausalLM", {**DECODER, "tie_word_embeddings": True}),
+    ("Qwen3Config", "Qwen3ForCausalLM", {**DECODER, "head_dim": 32}),
+    ("Qwen3Config", "Qwen3ForCausalLM", {**DECODER, "attention_bias": True, "tie_word_embeddings": True}),
+    ("Gemma2Config", "Gemma2ForCausalLM", {**DECODER, "head_dim": 32}),
+    ("Gemma2Config", "Gemma2ForCausalLM", {**DECODER, "attention_bias": True, "tie_word_embeddings": False}),
+    ("Gemma3TextConfig", "Gemma3ForCausalLM", {**DECODER, "head_dim": 32}),
+    ("Gemma3TextConfig", "Gemma3ForCausalLM", {**DECODER, "attention_bias": True, "tie_word_embeddings": False}),
+    ("Phi3Config", "Phi3ForCausalLM", {**DECODER, "pad_token_id": 0}),
+    ("MixtralConfig", "MixtralForCausalLM", {**DECODER, "num_local_experts": 3, "num_experts_per_tok": 2}),
+    ("GPT2Config", "GPT2LMHeadModel", GPT2),
+    ("GPT2Config", "GPT2LMHeadModel", {**GPT2, "n_inner": 80, "tie_word_embeddings": False}),
+    ("OPTConfig", "OPTForCausalLM", OPT),
+    ("OPTConfig", "OPTForCausalLM", {**OPT, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
+    ("OPTConfig", "OPTForCausalLM", {**OPT, "enable_bias": False, "layer_norm_elementwise_affine": False}),
+    ("FalconConfig", "FalconForCausalLM", FALCON),
+    ("FalconConfig", "FalconForCausalLM", {**FALCON, "multi_query": False, "alibi": True, "parallel_attn": False}),
+    (
+        "FalconConfig",
+        "FalconForCausalLM",
+        {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
+    ),
+    (
+        "FalconConfig",
+        "FalconForCausalLM",
+        {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    ("BertConfig", "BertModel", ENCODER),
+    ("BertConfig", "BertForMaskedLM", ENCODER),
+    ("BertConfig", "BertForMaskedLM", {**ENCODER, "tie_word_embeddings": False}),
+    ("BertConfig", "BertLMHeadModel", {**ENCODER, "is_decoder": True}),
+    *(
+        ("BertConfig", f"Bert{head}", {**ENCODER, "num_labels": 3})
+        for head in BERT_HEADS
+        if head != "ForQuestionAnswering"
+    ),
+    ("BertConfig", "BertForQuestionAnswering", ENCODER),
+    ("DistilBertConfig", "DistilBertModel", DISTIL),
+    ("DistilBertConfig", "DistilBertForMaskedLM", DISTIL),
+    ("DistilBertConfig", "DistilBertForMaskedLM", {**DISTIL, "tie_word_embeddings": False}),
+    ("DistilBertConfig", "DistilBertForQuestionAnswering", DISTIL),
+    *(
+        ("DistilBertConfig", f"DistilBert{head}", {**DISTIL, "num_labels": 5})
+        for head in ("ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice")
+    ),
+]
+
+
+def model_of(config_class: str, model_class: str, options: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    return getattr(transformers, model_class)(getattr(transformers, config_class)(**options))
+
+
+@pytest.mark.parametrize(("config_class", "model_class", "options"), CASES)
+def test_what_transformers_saves_is_understood(
+    config_class: str, model_class: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = model_of(config_class, model_class, options)
+    model.save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    assert model_class in checkpoint.architecture.classes
+    parameters = sum(p.numel() for p in model.parameters())  # shared parameters count once, as aliases do
+    stored = sum(int(np.prod(w.shape)) for w in checkpoint.weights.values() if not isinstance(w, Alias))
+    assert stored == parameters
+    required = {n for n, i in checkpoint.infos().items() if not i.rule.optional}
+    assert required <= set(checkpoint.weights)
+
+
+@pytest.mark.parametrize(("config_class", "model_class", "options"), [CASES[1], CASES[14], CASES[24]])
+def test_values_survive_opening(config_class: str, model_class: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Names, ties and turned matrices, value by value against the live module's parameters."""
+    model = model_of(config_class, model_class, options)
+    model.save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    infos = checkpoint.infos()
+    state = model.state_dict()
+    for name in checkpoint.weights:
+        expected = state[name].numpy()
+        turned = infos[name].rule.transposed
+        np.testing.assert_array_equal(checkpoint.resolve(name).value(), expected.T if turned else expected)
+
+
+def test_every_row_of_a_table_is_exercised(tmp_path: Path) -> None:
+    """No rule of any data file is dead: each names a tensor of some case above."""
+    seen: dict[str, set[str]] = {}
+    for number, (config_class, model_class, options) in enumerate(CASES):
+        folder = tmp_path / str(number)
+        model_of(config_class, model_class, options).save_pretrained(folder)
+        checkpoint = open_checkpoint(folder)
+        key = checkpoint.architecture.classes[0]
+        infos = checkpoint.infos()
+        seen.setdefault(key, set()).update(infos[n].rule.disk for n in checkpoint.weights)
+    for architecture in all_architectures():
+        assert {rule.disk for rule in architecture.tensors} == seen[architecture.classes[0]], architecture.classes
+
+
+@pytest.mark.parametrize("architecture", all_architectures(), ids=lambda a: a.classes[0])
+def test_roles_and_names_hang_together(architecture: Any) -> None:
+    roles = {rule.role for rule in architecture.tensors}
+    for fold in architecture.folds:
+        assert {r for r in (fold["norm"], *fold["linears"]) if r} <= roles
+    assert (architecture.gguf is None) == (architecture.gguf_refusal is not None)
+    inside = [r for r in architecture.tensors if "{i}" in r.disk]
+    assert all(r.disk.startswith(architecture.block_prefix) for r in inside)
+    assert all(r.kind != "linear" for r in architecture.tensors if "{i}" not in r.disk)
+
+
+def test_gguf_names_are_those_of_the_gguf_library() -> None:
+    from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
+
+    arch_ids = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
+    for architecture in all_architectures():
+        if architecture.gguf is None:
+            continue
+        allowed = {TENSOR_NAMES[t] for t in MODEL_TENSORS[arch_ids[architecture.gguf["arch"]]]}
+        for rule in architecture.tensors:
+            if rule.gguf:
+                stem = rule.gguf.removesuffix(".weight").removesuffix(".bias").replace("{i}", "{bid}")
+                assert stem in allowed, (architecture.family, rule.gguf)
+
+
+def test_unknown_architectures_are_exit_3() -> None:
+    with pytest.raises(Unsupported, match="MambaForCausalLM") as caught:
+        architecture_for({"architectures": ["MambaForCausalLM"], "model_type": "mamba"})
+    assert "llama" in (caught.value.hint or "")
+    with pytest.raises(Unsupported):  # a known type with a head that nobody mapped
+        architecture_for({"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"})
+
+
+def test_features_that_nobody_maps_are_exit_3() -> None:
+    config = {"architectures": ["BertModel"], "model_type": "bert", "position_embedding_type": "relative_key"}
+    with pytest.raises(Unsupported, match="position_embedding_type"):
+        architecture_for(config).check_supported(config)
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}
+    architecture_for(config).check_supported(config)
+    with pytest.raises(Unsupported, match="in GGUF"):
+        architecture_for(config).check_gguf(config)
+
+
+def test_expressions() -> None:
+    hyper = {"heads": 4, "head_dim": 8, "hidden": 64}
+    assert literal("heads*head_dim", hyper) == 32
+    assert literal("hidden/heads", hyper) == 16
+    assert literal("hidden+2*heads*head_dim", hyper) == 128
+    with pytest.raises(Malformed, match="nothing"):
+        literal("heads*nothing", hyper)
+
+
+def test_a_config_without_a_needed_key_is_exit_5() -> None:
+    architecture = architecture_for({"model_type": "llama"})
+    with pytest.raises(Malformed, match="num_hidden_layers"):
+        architecture.hyper({"hidden_size": 64})
+
+
+def test_the_file_name_is_the_family() -> None:
+    folder = Path(__file__).resolve().parents[2] / "src/tightship/architectures"
+    for path in folder.glob("*.json"):
+        if path.name != "schema.json":
+            data = json.loads(path.read_text())
+            assert build(data)[0].family == path.stem
