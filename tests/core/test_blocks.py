@@ -55,8 +55,25 @@ def test_observed_inputs_are_those_of_the_whole_model(family: str, tiny: Tiny) -
     checkpoint = tiny(family)
     expected = inputs_by_hooks(checkpoint)
     found: dict[str, list[np.ndarray]] = {}
-
     for step in walk_blocks(ModelView(checkpoint), windows()):
+        step.observe(Notes(found))
+        for name in step.linears:
+            np.testing.assert_array_equal(step.read(name), checkpoint.weights[name].value())
+    assert set(expected) <= set(found) == {info.name for info in checkpoint.linears()}
+    for name, x in expected.items():
+        np.testing.assert_array_equal(found[name][0], x, err_msg=name)
+
+
+def test_what_is_written_into_a_block_is_what_the_next_one_sees(family: str, tiny: Tiny) -> None:
+    checkpoint = tiny(family)
+    changed = {
+        info.name: Dense.of(checkpoint.weights[info.name].value() * np.float32(0.5))
+        for info in checkpoint.linears()
+        if info.block == 0
+    }
+    expected = inputs_by_hooks(checkpoint.with_weights(changed))
+    for step in walk_blocks(ModelView(checkpoint), windows()):
+        found: dict[str, list[np.ndarray]] = {}
         step.observe(Notes(found))
         for name in step.linears:
             if name in changed:
