@@ -163,7 +163,7 @@ def _per_block(column_wise: np.ndarray, shape: tuple[int, ...], spec: NBits, wha
 
 def _zero_points(arrays: Mapping[str, np.ndarray], shape: tuple[int, ...], spec: NBits) -> np.ndarray:
     """Signed zero points (rows, blocks), 0 for symmetric layouts."""
-    if not spec.zero_points:
+    if "zero_point" not in arrays:
         return np.zeros((shape[0], spec.blocks), np.int16)
     stored = arrays["zero_point"]
     group = shape[1] // stored.shape[1]

@@ -1,0 +1,74 @@
+"""Skeleton plus checkpoint -> files: the one road from a graph without weights to an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tightship.checkpoint import Checkpoint
+from tightship.errors import Malformed, Unsupported
+from tightship.exporters.onnx_candidates.skeleton import Skeleton
+from tightship.exporters.onnx_emit import Emitter
+from tightship.exporters.onnx_storage import Style
+from tightship.exporters.onnx_units import units_of, unused_tensors
+from tightship.formats.onnx_writer import Initializer, write_onnx
+from tightship.target import Progress, no_progress
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def write_graph(
+    skeleton: Skeleton,
+    checkpoint: Checkpoint,
+    directory: Path,
+    style: Style,
+    *,
+    progress: Progress = no_progress,
+    name: str = "model.onnx",
+) -> dict[str, int]:
+    """Fill the skeleton with the checkpoint's weights and write it; returns the bytes of each tensor.
+
+    Consumes the skeleton.
+
+    Raises:
+        Unsupported: a weight has no exact form in ONNX, or the graph does not read every weight.
+    """
+    import onnx_ir as ir
+
+    dropped = unused_tensors(skeleton, checkpoint)
+    if dropped:
+        raise Unsupported(
+            f"the graph does not read {len(dropped)} stored tensors: {', '.join(dropped[:8])}", tensor=dropped[0]
+        )
+    graph = skeleton.model.graph
+    emitter = Emitter(graph, style)
+    written: dict[str, int] = {}
+    for unit in units_of(skeleton, checkpoint):
+        first = len(emitter.initializers)
+        emitter.place(unit)
+        written[unit.tensor] = written.get(unit.tensor, 0) + sum(i.nbytes for i in emitter.initializers[first:])
+    remove_dead_transposes(graph)
+    own = [_own(value) for value in graph.initializers.values()]
+    graph.initializers.clear()
+    proto = ir.serde.serialize_model(skeleton.model)
+    write_onnx(proto, [*own, *emitter.constants, *emitter.initializers], directory, name, progress)
+    return written
+
+
+def remove_dead_transposes(graph: ir.Graph) -> None:
+    """Transposes of weights that the units have looked through."""
+    for node in list(graph):
+        if node.op_type == "Transpose" and not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
+            graph.remove(node, safe=True)
+
+
+def _own(value: ir.Value) -> Initializer:
+    """A constant that the graph brought along."""
+    tensor = value.const_value
+    if tensor is None:
+        raise Malformed("a graph source left an initializer without data and without a feed", tensor=value.name)
+    data = np.ascontiguousarray(tensor.numpy())
+    return Initializer(str(value.name), tensor.dtype.value, tuple(data.shape), data.nbytes, lambda: data)

@@ -1,0 +1,15 @@
+"""Where graphs come from. Adding a source: a module with a `Candidate`, and a line in `candidates`.
+
+Exporters offer candidates, best first; a judge (validators/parity.py) decides which is used.
+"""
+
+from __future__ import annotations
+
+from tightship.exporters.onnx_candidates.skeleton import Candidate
+
+
+def candidates() -> tuple[Candidate, ...]:
+    """Every graph source, in the order in which they are tried."""
+    from tightship.exporters.onnx_candidates.mobius_graphs import MobiusCandidate
+
+    return (MobiusCandidate(),)

@@ -1,0 +1,69 @@
+"""Edits that every candidate's graph goes through until it keeps the contract of `skeleton`."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from tightship.exporters.onnx_candidates.skeleton import BATCH, PAST, SEQUENCE, TOTAL
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+OPSET = 23  # Attention, RMSNormalization and RotaryEmbedding exist; kernels of other providers reach no further
+_AXES = {
+    "input_ids": (BATCH, SEQUENCE),
+    "attention_mask": (BATCH, TOTAL),
+    "position_ids": (BATCH, SEQUENCE),
+    "token_type_ids": (BATCH, SEQUENCE),
+    "logits": (BATCH, SEQUENCE, None),
+    "last_hidden_state": (BATCH, SEQUENCE, None),
+}
+_CACHE = re.compile(r"(past_key_values|present)\.\d+\.(key|value)")
+
+
+def inline_functions(model: ir.Model) -> None:
+    """Replace calls of functions that travel in the model by their bodies, then drop what nobody reads."""
+    from onnx_ir.passes import common
+
+    common.InlinePass()(model)
+    remove_unused(model)
+
+
+def remove_unused(model: ir.Model) -> None:
+    """Drop nodes, initializers and opset imports that nobody reads."""
+    from onnx_ir.passes import common
+
+    common.RemoveUnusedNodesPass()(model)
+    used = {node.domain for node in model.graph}
+    for domain in [d for d in model.opset_imports if d and d not in used]:
+        del model.opset_imports[domain]
+
+
+def lower_opset(model: ir.Model) -> None:
+    """Opset 24 to 23, where the graph uses nothing that is new in 24."""
+    if model.opset_imports.get("") != OPSET + 1:
+        return
+    for node in model.graph:
+        beyond = node.op_type == "Attention" and len(node.inputs) > 6 and node.inputs[6] is not None
+        if node.domain == "" and (beyond or node.op_type == "TensorScatter"):
+            return
+    model.opset_imports[""] = OPSET
+
+
+def name_contract(model: ir.Model) -> None:
+    """Symbolic axes of inputs and outputs as in `skeleton`."""
+    import onnx_ir as ir
+
+    decoder = any(_CACHE.fullmatch(value.name or "") for value in model.graph.inputs)
+    known = _AXES if decoder else {**_AXES, "attention_mask": (BATCH, SEQUENCE)}
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        name = value.name or ""
+        if name in known and value.shape is not None:
+            axes = [new or old for new, old in zip(known[name], value.shape, strict=True)]
+        elif (match := _CACHE.fullmatch(name)) and value.shape is not None:
+            length = PAST if match[1] == "past_key_values" else TOTAL
+            axes = [BATCH, value.shape[1], length, value.shape[3]]
+        else:
+            continue
+        value.shape = ir.Shape(axes)

@@ -1,0 +1,134 @@
+"""A graph without weights, and the word of a judge about it.
+
+| graph input                      | type  | shape                                                  |
+|----------------------------------|-------|--------------------------------------------------------|
+| input_ids                        | int64 | (batch_size, sequence_length)                          |
+| attention_mask                   | int64 | (batch_size, total_sequence_length)                    |
+| position_ids                     | int64 | (batch_size, sequence_length)                          |
+| token_type_ids (encoders)        | int64 | (batch_size, sequence_length)                          |
+| past_key_values.{i}.key, .value  | float | (batch_size, kv_heads, past_sequence_length, head_dim) |
+
+Outputs: `logits` float (batch_size, sequence_length, vocabulary) and `present.{i}.key`, `.value` in the order of the
+past, or `last_hidden_state` float (batch_size, sequence_length, hidden), with `logits` for masked language models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tightship.architecture import Architecture
+from tightship.checkpoint import Checkpoint
+from tightship.errors import Unsupported
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+BATCH, SEQUENCE, TOTAL, PAST = "batch_size", "sequence_length", "total_sequence_length", "past_sequence_length"
+DECODER_TASKS = ("text-generation",)
+HEADS = {"fill-mask": ("logits", "last_hidden_state"), "feature-extraction": ("last_hidden_state",)}
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Where an initializer's data come from.
+
+    Attributes:
+        tensor: on-disk name.
+        rows: (start, stop) of the (out, in) matrix or vector, or None for all.
+        transpose: the initializer is (in, out).
+    """
+
+    tensor: str
+    rows: tuple[int, int] | None = None
+    transpose: bool = False
+
+
+@dataclass
+class Skeleton:
+    """A float32 graph whose weights are initializers without data; `feeds` says what each of them is.
+
+    Initializers with data (shape constants, rotary tables) are the graph's own.
+    """
+
+    model: ir.Model
+    feeds: dict[str, Feed]
+
+
+class Candidate(Protocol):
+    """One source of graphs.
+
+    Attributes:
+        source: library and version, as the report names it.
+        rewrites: what was changed in the library's graph.
+    """
+
+    source: str
+    rewrites: tuple[str, ...]
+
+    def build(
+        self, config: Mapping[str, Any], architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]
+    ) -> Skeleton:
+        """The graph for `architecture.task`. `shapes` are those of the stored tensors, matrices (out, in), no aliases.
+
+        Raises:
+            Unsupported: this source has no graph for it. Any other exception counts against the candidate, too.
+        """
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What was found out about one candidate.
+
+    Attributes:
+        source: of the candidate.
+        passed: the verdict.
+        margin: largest relative L2 distance over all cases, None where the candidate did not get that far.
+        reason: why it was refused.
+        cases: relative L2 of each case.
+    """
+
+    source: str
+    passed: bool
+    margin: float | None
+    reason: str | None = None
+    cases: tuple[tuple[str, float], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        found = {"source": self.source, "passed": self.passed, "margin": self.margin, "reason": self.reason}
+        return {**{k: v for k, v in found.items() if v is not None}, "cases": dict(self.cases)}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The candidate to use, and everything that was judged on the way to it."""
+
+    candidate: Candidate
+    judgements: tuple[Judgement, ...]
+
+    @property
+    def graph_source(self) -> str:
+        """One line for the report."""
+        chosen = self.judgements[-1]
+        return f"{chosen.source}: relative L2 {chosen.margin:.1e} on a random model with these flags"
+
+
+Judge = Callable[[Sequence[Candidate], Checkpoint], Choice]
+"""judge(candidates, checkpoint): the first candidate that computes this family, with these flags, correctly."""
+
+
+def outputs_of(architecture: Architecture) -> tuple[str, ...]:
+    """Output names that a graph for this family must have, apart from the KV cache.
+
+    Raises:
+        Unsupported: a task that has no graph contract.
+    """
+    if architecture.task in DECODER_TASKS:
+        return ("logits",)
+    if architecture.task not in HEADS:
+        raise Unsupported(
+            f"ONNX export of a {architecture.task} model is not mapped",
+            hint=f"mapped tasks: {', '.join((*DECODER_TASKS, *HEADS))}",
+        )
+    return HEADS[architecture.task]

@@ -1,0 +1,90 @@
+"""What the words of `--to onnx:SCHEME` and the recipe's `with` mean.
+
+| scheme               | matrices of the blocks              | the rest             |
+|----------------------|-------------------------------------|----------------------|
+| (none)               | as the passes left them             | as the source has it |
+| fp32, fp16, bf16     | that type, computed in float32      | that type            |
+| int4, int8, int2     | affine integers, symmetric          | as the source has it |
+| any with `-portable` | the same, standard operators only   |                      |
+
+Options: `profile: portable`, `layout` (another affine layout for the integers), `include: [embeddings, head]`,
+`accuracy_level` (of MatMulNBits as shipped; 4, the default, quantizes activations to int8, 0 and 1 do not).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tightship.checkpoint import Checkpoint
+from tightship.errors import Unsupported, UsageError
+from tightship.exporters.onnx_storage import Style
+from tightship.formats.layouts import parse_layout
+from tightship.layout import Layout
+from tightship.target import Target
+from tightship.weights import Alias
+
+FLOATS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
+INTEGERS = ("int4", "int8", "int2")
+LATER = ("int8-dynamic", "int8-static")
+OPTIONS = ("profile", "layout", "include", "accuracy_level")
+PORTABLE = "-portable"
+_INCLUDABLE = {"embeddings": "embedding", "head": "head"}
+
+
+def style_of(target: Target) -> Style:
+    """How a target stores what it gets.
+
+    Raises:
+        UsageError: an unknown option or value.
+    """
+    options = _options(target)
+    portable = options.get("profile") == "portable" or (target.scheme or "").endswith(PORTABLE)
+    return Style(portable, int(options.get("accuracy_level", 4)))
+
+
+def layouts_of(checkpoint: Checkpoint, target: Target) -> dict[str, Layout | str]:
+    """What a scheme wants of each tensor; empty without one. See the module docstring.
+
+    Raises:
+        UsageError: unknown scheme or option.
+        Unsupported: a scheme that is not made yet, or an embedding that no lookup reads.
+    """
+    options = _options(target)
+    if target.scheme is None:
+        return {}
+    scheme = target.scheme.removesuffix(PORTABLE)
+    if scheme in LATER:
+        raise Unsupported(f"onnx:{target.scheme} is not made yet", hint="use int8, which keeps activations in float")
+    stored = {name: w for name, w in checkpoint.weights.items() if not isinstance(w, Alias)}
+    if scheme in FLOATS:
+        return dict.fromkeys(stored, FLOATS[scheme])
+    if scheme not in INTEGERS:
+        known = (*FLOATS, *INTEGERS)
+        raise UsageError(
+            f"onnx has no scheme {target.scheme!r}", hint=f"known: {', '.join(known)}, each also with {PORTABLE}"
+        )
+    kinds = {"linear", *(_INCLUDABLE[word] for word in options.get("include", ()))}
+    chosen = [i for i in checkpoint.infos().values() if i.rule.kind in kinds and i.name in stored]
+    return {i.name: _layout(scheme, options, tuple(stored[i.name].shape)[-1]) for i in chosen}
+
+
+def _layout(scheme: str, options: Mapping[str, Any], cols: int) -> Layout:
+    """Groups of 32; of 16, or one a row, where rows are no multiple of that."""
+    if "layout" in options:
+        return parse_layout(str(options["layout"]))
+    group = next((f"g{size}" for size in (32, 16) if cols % size == 0), "channel")
+    return parse_layout(f"{scheme}-{group}")
+
+
+def _options(target: Target) -> Mapping[str, Any]:
+    allowed: dict[str, tuple[Any, ...]] = {"profile": ("portable", "ort"), "accuracy_level": (0, 1, 4)}
+    for key, value in target.options.items():
+        if key not in (*OPTIONS, "solver"):
+            raise UsageError(f"onnx has no option {key!r}", hint=f"known: {', '.join(OPTIONS)}")
+        if key in allowed and value not in allowed[key]:
+            raise UsageError(f"onnx option {key} = {value!r}", hint=f"allowed: {', '.join(map(str, allowed[key]))}")
+    unknown = [word for word in target.options.get("include", ()) if word not in _INCLUDABLE]
+    if unknown:
+        raise UsageError(f"include knows no {unknown[0]!r}", hint=f"known: {', '.join(_INCLUDABLE)}")
+    return target.options

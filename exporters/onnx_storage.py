@@ -1,0 +1,164 @@
+"""How each kind of weight is stored in an ONNX file, and the nodes that read it.
+
+| weight                      | read by | nodes                                                     | storage         |
+|-----------------------------|---------|-----------------------------------------------------------|-----------------|
+| Dense                       | any     | the initializer, behind Cast where it is f16 or bf16       | FLOAT, BFLOAT16 |
+| Quantized, affine           | MatMul  | com.microsoft.MatMulNBits, or DequantizeLinear and MatMul  | MatMulNBits 4   |
+| Quantized with free minimum | MatMul  | MatMulNBits, plus block sums of the input times the minima | MatMulNBits 4   |
+| Quantized, affine           | Gather  | GatherBlockQuantized, or Gathers and DequantizeLinear      | as named        |
+| Factored                    | MatMul  | MatMul by the right factor, then by the left               | of the factors  |
+| Sum                         | MatMul  | base plus residual                                        | of the parts    |
+
+`plan` and `export` ask the same functions, so that a plan's bytes are the file's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from tightship.dtypes import BY_NUMPY, DType
+from tightship.dtypes import dtype as dtype_of
+from tightship.errors import Unsupported
+from tightship.formats.onnx_writer import Initializer, packed_nbytes
+from tightship.formats.packings import matmul_nbits, onnx_blocked
+from tightship.formats.packings.matmul_nbits import NBits
+from tightship.layout import Arrays
+from tightship.target import Exact, Refused
+from tightship.weights import Dense, Factored, Quantized, Stored
+
+_NARROW = ("f16", "bf16")  # kept as they are behind a Cast; ONNX Runtime's CPU computes in f32
+_ONNX_WORDS = {1: "FLOAT", 10: "FLOAT16", 16: "BFLOAT16", 2: "UINT8", 3: "INT8", 6: "INT32", 7: "INT64", 9: "BOOL"}
+
+
+@dataclass(frozen=True)
+class Style:
+    """What a target asks of every tensor.
+
+    Attributes:
+        portable: standard operators only.
+        accuracy_level: of MatMulNBits as shipped: 0 or 1 compute in f32, 4 with int8 activations.
+    """
+
+    portable: bool = False
+    accuracy_level: int = 4
+
+
+def storage(weight: Stored, style: Style, *, table: bool = False) -> Exact | Refused:
+    """How a weight is stored, and its bytes, from its type and shape alone. `table` marks an embedding."""
+    if isinstance(weight, Dense):
+        stored = stored_dtype(weight)
+        return Exact(_ONNX_WORDS.get(stored.onnx or 0, stored.name), math.prod(weight.shape) * stored.itemsize)
+    if isinstance(weight, Quantized):
+        return _quantized_storage(weight, style, table=table)
+    if table:
+        return Refused("a low-rank embedding has no lookup in ONNX", ("f32", "int8-g32"))
+    parts = (weight.left, weight.right) if isinstance(weight, Factored) else (weight.base, weight.residual)
+    answers = [storage(part, style) for part in parts]
+    refusal = next((a for a in answers if isinstance(a, Refused)), None)
+    if refusal:
+        return refusal
+    word = (" @ " if isinstance(weight, Factored) else " + ").join(a.storage for a in answers)
+    return Exact(word, sum(a.nbytes for a in answers))
+
+
+def _quantized_storage(weight: Quantized, style: Style, *, table: bool) -> Exact | Refused:
+    rows, cols = weight.shape
+    found = matmul_nbits.nbits_for(weight.layout, cols)
+    if isinstance(found, Refused):
+        return found
+    if table and found.offsets:
+        return Refused(f"{weight.layout.name} has a free minimum, which a lookup cannot add", ("int8-g32", "int4-g32"))
+    if table and cols % found.block:
+        return Refused(f"a lookup needs rows of whole blocks of {found.block}, found {cols} columns", ("bf16", "f16"))
+    spec = _nbits(weight, table=table)
+    if style.portable:
+        blocked = onnx_blocked.Blocked(spec, table)
+        word = {2: "UINT8", 3: "INT8", 21: "UINT4", 22: "INT4"}[blocked.code_type]
+        return Exact(f"DequantizeLinear {word}, block {spec.block}", blocked.nbytes(rows))
+    return Exact(
+        f"{'GatherBlockQuantized' if table else 'MatMulNBits'} {spec.bits} bit, block {spec.block}", spec.nbytes(rows)
+    )
+
+
+def stored_dtype(weight: Dense) -> DType:
+    """The DType in the file: matrices in f16 and bf16 stay, everything else that is float is f32.
+
+    Raises:
+        Unsupported: f64, which f32 cannot hold.
+    """
+    if weight.dtype == "f64":
+        raise Unsupported("a float64 tensor does not fit float32", hint="cast it with an f32 target first")
+    source = dtype_of(weight.dtype)
+    if not source.is_float:
+        return source
+    return source if weight.dtype in _NARROW and len(weight.shape) > 1 else dtype_of("f32")
+
+
+def dense_initializer(name: str, weight: Dense, *, turned: bool) -> Initializer:
+    """The initializer of a dense weight, (in, out) where `turned`."""
+    stored = stored_dtype(weight)
+    shape = weight.shape[::-1] if turned else weight.shape
+
+    def read() -> np.ndarray:
+        data = weight.read().astype(stored.numpy, copy=False)
+        return data.T if turned else data
+
+    return Initializer(name, stored.onnx, tuple(shape), math.prod(shape) * stored.itemsize, read)
+
+
+def operand_initializers(name: str, weight: Quantized, style: Style, *, table: bool = False) -> dict[str, Initializer]:
+    """Initializers of a quantized weight by operand name, in the order of the node's inputs. Packed once, when written.
+
+    Raises:
+        Unsupported: ONNX has no exact form of this layout; the message names the nearest.
+    """
+    answer = storage(weight, style, table=table)
+    if isinstance(answer, Refused):
+        raise Unsupported(f"ONNX cannot store this: {answer.reason}", tensor=name, hint=", ".join(answer.nearest))
+    rows = weight.shape[0]
+    spec = _nbits(weight, table=table)
+    if style.portable:
+        blocked = onnx_blocked.Blocked(spec, table)
+        return _packed_once(
+            name, blocked.shapes(rows), lambda: onnx_blocked.pack(weight.layout, weight.read(), blocked)
+        )
+    kinds = {key: (of_numpy(dtype), shape) for key, (dtype, shape) in spec.shapes(rows).items()}
+    return _packed_once(name, kinds, lambda: matmul_nbits.pack(weight.layout, weight.read(), spec))
+
+
+def _nbits(weight: Quantized, *, table: bool) -> NBits:
+    """A lookup always gets its zero points: runtimes disagree about the default."""
+    spec = matmul_nbits.nbits_for(weight.layout, weight.shape[1])
+    if isinstance(spec, Refused):
+        raise Unsupported(spec.reason, hint=", ".join(spec.nearest))
+    return dataclasses.replace(spec, zero_points=True) if table else spec
+
+
+def _packed_once(
+    name: str, kinds: Mapping[str, tuple[int, tuple[int, ...]]], pack: Callable[[], Arrays]
+) -> dict[str, Initializer]:
+    """Operand -> initializer; the packed arrays are let go when the last operand has been written."""
+    held: Arrays = {}
+
+    def reader(key: str) -> Callable[[], np.ndarray]:
+        def read() -> np.ndarray:
+            if key not in held:
+                held.update(pack())
+            return held.pop(key)
+
+        return read
+
+    return {
+        key: Initializer(f"{name}.{key}", kind, shape, packed_nbytes(shape, onnx_blocked.BITS[kind]), reader(key))
+        for key, (kind, shape) in kinds.items()
+    }
+
+
+def of_numpy(kind: np.dtype) -> int:
+    """TensorProto type of a NumPy type."""
+    return int(BY_NUMPY[np.dtype(kind)].onnx or 0)

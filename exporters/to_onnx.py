@@ -1,0 +1,155 @@
+"""ONNX artifacts: `model.onnx`, `model.onnx_data`, and what each runtime expects beside them.
+
+The graph comes from one of the candidates of `onnx_candidates`; which one, a judge decides (validators/parity.py). The
+weights are the checkpoint's own: integers stay the same integers, matrices in f16 and bf16 stay in that type behind a
+Cast, everything else is float32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from tightship.checkpoint import Checkpoint
+from tightship.errors import GateFailed, Unsupported, UsageError
+from tightship.exporters.genai_config import genai_config
+from tightship.exporters.onnx_assemble import write_graph
+from tightship.exporters.onnx_candidates import candidates
+from tightship.exporters.onnx_candidates.skeleton import DECODER_TASKS, Choice, Judge, Skeleton, outputs_of
+from tightship.exporters.onnx_schemes import layouts_of, style_of
+from tightship.exporters.onnx_storage import storage
+from tightship.exporters.onnx_units import dead_names
+from tightship.layout import Layout
+from tightship.target import Exported, Progress, Refused, Target, TargetPlan, TensorPlan, no_progress, sorted_files
+from tightship.weights import Alias, Dense, Factored, Quantized, Stored
+
+MAIN = "model.onnx"
+
+
+class OnnxExporter:
+    """See the module docstring. `judge` may be left out for planning; exporting needs it."""
+
+    container = "onnx"
+
+    def __init__(self, judge: Judge | None = None) -> None:
+        self.judge = judge
+
+    def layout_for(self, checkpoint: Checkpoint, target: Target) -> Mapping[str, Layout | str]:
+        """What the scheme wants of each tensor: a layout, or the word of a float type.
+
+        Raises:
+            UsageError: unknown scheme or option.
+            Unsupported: one that is not made yet.
+        """
+        return layouts_of(checkpoint, target)
+
+    def plan(self, checkpoint: Checkpoint, target: Target) -> TargetPlan:
+        """Storage and bytes of every tensor, without data.
+
+        Raises:
+            Unsupported: ONNX cannot say a tensor's values exactly; the message names the nearest layouts.
+        """
+        outputs_of(checkpoint.architecture)
+        style = style_of(target)
+        tensors = []
+        for name, weight in checkpoint.weights.items():
+            if isinstance(weight, Alias) or name in dead_names(checkpoint):
+                continue
+            table = _kind(checkpoint, name) in ("embedding", "position")
+            answer = storage(weight, style, table=table)
+            if isinstance(answer, Refused):
+                nearest = f"nearest layouts: {', '.join(answer.nearest)}" if answer.nearest else None
+                raise Unsupported(f"ONNX cannot store this exactly: {answer.reason}", tensor=name, hint=nearest)
+            word, reason = _layout_word(weight)
+            tensors.append(TensorPlan(name, name, tuple(weight.shape), word, answer.storage, answer.nbytes, reason))
+        total = sum(t.nbytes for t in tensors)
+        return TargetPlan(target, tuple(tensors), total, _notes(tensors))
+
+    def export(
+        self, checkpoint: Checkpoint, plan: TargetPlan, directory: Path, progress: Progress = no_progress
+    ) -> Exported:
+        """Write the artifact into an existing empty directory.
+
+        Raises:
+            Unsupported: no graph source passes the parity check, or a weight does not fit the graph.
+            GateFailed: the bytes written are not the planned ones.
+        """
+        choice, skeleton = _graph(checkpoint, self.judge)
+        written = write_graph(skeleton, checkpoint, directory, style_of(plan.target), progress=progress, name=MAIN)
+        _compare(plan, written)
+        write_companions(checkpoint, directory)
+        details = {"candidates": [judgement.to_json() for judgement in choice.judgements]}
+        return Exported(tuple(sorted_files(directory)), MAIN, choice.graph_source, details)
+
+
+def reference_graph(checkpoint: Checkpoint, directory: Path, judge: Judge) -> Path:
+    """The plain float32 graph of any checkpoint, weights decoded; returns the path of `model.onnx`.
+
+    Raises:
+        Unsupported: no graph source passes the parity check.
+    """
+    decoded = {name: w if isinstance(w, Alias) else _decoded(w) for name, w in checkpoint.weights.items()}
+    plain = checkpoint.replace(weights=decoded)
+    _, skeleton = _graph(plain, judge)
+    write_graph(skeleton, plain, directory, style_of(Target("onnx")), name=MAIN)
+    return directory / MAIN
+
+
+def write_companions(checkpoint: Checkpoint, directory: Path) -> None:
+    """config.json, tokenizer files, and genai_config.json for decoders."""
+    config = {**checkpoint.config, "transformers.js_config": {"use_external_data_format": {MAIN: True}}}
+    files = {**checkpoint.files, "config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
+    if checkpoint.architecture.task in DECODER_TASKS:
+        files["genai_config.json"] = genai_config(checkpoint, MAIN)
+    for name, data in files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def _graph(checkpoint: Checkpoint, judge: Judge | None) -> tuple[Choice, Skeleton]:
+    if judge is None:
+        raise UsageError(
+            "no graph source is trusted: an ONNX export needs a judge", hint="pass validators.parity.judge"
+        )
+    choice = judge(candidates(), checkpoint)
+    shapes = {name: tuple(checkpoint.resolve(name).shape) for name in checkpoint.weights}
+    return choice, choice.candidate.build(checkpoint.config, checkpoint.architecture, shapes)
+
+
+def _decoded(weight: Stored) -> Dense:
+    return Dense(tuple(weight.shape), "f32", weight.value)
+
+
+def _kind(checkpoint: Checkpoint, name: str) -> str:
+    info = checkpoint.infos().get(name)
+    return info.rule.kind if info else "other"
+
+
+def _layout_word(weight: Stored) -> tuple[str, str]:
+    """Layout word and why it is stored that way."""
+    if isinstance(weight, Dense):
+        widened = weight.dtype in ("f16", "bf16") and len(weight.shape) < 2
+        return weight.dtype, "vectors are widened to float32" if widened else "as the passes left it"
+    if isinstance(weight, Quantized):
+        return weight.layout.name, "same integers and scales"
+    if isinstance(weight, Factored):
+        return f"rank-{weight.rank}", "two matrices"
+    return f"{_layout_word(weight.base)[0]}+rank-{weight.residual.rank}", "base plus low-rank residual"
+
+
+def _notes(tensors: list[TensorPlan]) -> tuple[str, ...]:
+    notes = ["the graph itself (model.onnx, about 10 kB a block) and alignment come on top of the tensors"]
+    narrow = sorted({t.storage for t in tensors if t.storage in ("FLOAT16", "BFLOAT16")})
+    if narrow:
+        notes.append(f"{' and '.join(narrow)} tensors are widened to float32 when ONNX Runtime loads them")
+    return tuple(notes)
+
+
+def _compare(plan: TargetPlan, written: Mapping[str, int]) -> None:
+    for tensor in plan.tensors:
+        if written.get(tensor.name) != tensor.nbytes:
+            raise GateFailed(
+                f"{written.get(tensor.name)} bytes were written where the plan says {tensor.nbytes}", tensor=tensor.name
+            )

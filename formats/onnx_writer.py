@@ -1,0 +1,172 @@
+"""Writes `model.onnx` and, tensor by tensor, `model.onnx_data`. Same input, same bytes.
+
+| file            | content                                                                                  |
+|-----------------|------------------------------------------------------------------------------------------|
+| NAME            | ModelProto: graph, small initializers inline, IR version 10, no docs, paths or producer  |
+| NAME_data       | little-endian tensor bytes, zero-filled gaps, in the order given                         |
+
+A tensor of 1 MiB or more starts at a multiple of 64 KiB (the coarsest allocation granularity, so that it can be
+mapped); smaller ones start at a multiple of 64 bytes. Definition: ExternalData.md of ONNX.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+
+from tightship.errors import Malformed
+from tightship.target import Progress, no_progress
+
+if TYPE_CHECKING:
+    import onnx
+
+IR_VERSION = 10
+INLINE_BYTES = 1024  # shape constants and the like stay in the graph, where shape inference looks for them
+MAPPED_BYTES = 1 << 20
+SMALL_ALIGNMENT = 64
+MAPPED_ALIGNMENT = 1 << 16
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Initializer:
+    """A constant of the graph whose data are read only while it is written.
+
+    Attributes:
+        name: of the value in the graph.
+        data_type: TensorProto.DataType number.
+        shape: logical shape.
+        nbytes: bytes in the file (4-bit and 2-bit types are packed, the last byte filled up with zero).
+        read: the data as one contiguous array of exactly `nbytes` bytes, any dtype.
+    """
+
+    name: str
+    data_type: int
+    shape: tuple[int, ...]
+    nbytes: int
+    read: Callable[[], np.ndarray]
+
+    @classmethod
+    def of(cls, name: str, array: np.ndarray) -> Initializer:
+        """An array that is in memory already, in its own dtype."""
+        from onnx.helper import np_dtype_to_tensor_dtype
+
+        kind = np_dtype_to_tensor_dtype(array.dtype)
+        return cls(name, kind, tuple(array.shape), array.nbytes, lambda: array)
+
+
+def data_layout(sizes: Iterable[int], inline: int = INLINE_BYTES) -> tuple[list[int | None], int]:
+    """Offset of each tensor in the data file (None: stays in the graph), and the file's size."""
+    offsets: list[int | None] = []
+    end = 0
+    for size in sizes:
+        if size <= inline:
+            offsets.append(None)
+            continue
+        alignment = MAPPED_ALIGNMENT if size >= MAPPED_BYTES else SMALL_ALIGNMENT
+        start = -(-end // alignment) * alignment
+        offsets.append(start)
+        end = start + size
+    return offsets, end
+
+
+def write_onnx(
+    model: onnx.ModelProto,
+    initializers: Sequence[Initializer],
+    directory: Path,
+    name: str = "model.onnx",
+    progress: Progress = no_progress,
+) -> list[str]:
+    """Write the graph of `model` with these initializers; returns the relative names of the files written.
+
+    `model` is scrubbed in place; initializers it already holds stay inline. Peak memory is the graph plus the largest
+    single tensor.
+
+    Raises:
+        Malformed: an initializer's data are not as many bytes as announced.
+    """
+    scrub(model)
+    offsets, size = data_layout(i.nbytes for i in initializers)
+    names = [name]
+    if size:
+        names.append(f"{name}_data")
+        with open(directory / names[1], "xb") as stream:
+            for done, (item, offset) in enumerate(zip(initializers, offsets, strict=True)):
+                if offset is not None:
+                    stream.write(bytes(offset - stream.tell()))
+                    _stream(item, stream)
+                progress(f"onnx: {item.name}", done + 1, len(initializers))
+    for item, offset in zip(initializers, offsets, strict=True):
+        _announce(model, item, offset, f"{name}_data")
+    with open(directory / name, "xb") as stream:
+        stream.write(model.SerializeToString(deterministic=True))
+    return names
+
+
+def scrub(model: onnx.ModelProto) -> None:
+    """Drop what does not change the computation: producer, docs, stack traces, metadata, inferred shapes."""
+    model.ir_version = IR_VERSION
+    for field in ("producer_name", "producer_version", "domain", "doc_string", "model_version", "metadata_props"):
+        model.ClearField(field)
+    model.graph.name = "main"
+    _scrub_graph(model.graph)
+    for function in model.functions:
+        for field in ("doc_string", "metadata_props", "value_info"):
+            function.ClearField(field)
+        _scrub_nodes(function.node)
+
+
+def _scrub_graph(graph: onnx.GraphProto) -> None:
+    for field in ("doc_string", "metadata_props", "value_info", "quantization_annotation"):
+        graph.ClearField(field)
+    for value in (*graph.input, *graph.output, *graph.initializer):
+        value.ClearField("doc_string")
+        value.ClearField("metadata_props")
+    _scrub_nodes(graph.node)
+
+
+def _scrub_nodes(nodes: Iterable[onnx.NodeProto]) -> None:
+    for node in nodes:
+        node.ClearField("doc_string")
+        node.ClearField("metadata_props")
+        for attribute in node.attribute:
+            attribute.ClearField("doc_string")
+            for subgraph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                _scrub_graph(subgraph)
+
+
+def _stream(item: Initializer, stream: BinaryIO) -> None:
+    data = _bytes_of(item)
+    for start in range(0, data.nbytes, _CHUNK):
+        stream.write(data[start : start + _CHUNK])
+
+
+def _bytes_of(item: Initializer) -> memoryview:
+    array = np.ascontiguousarray(item.read())
+    if array.nbytes != item.nbytes:
+        raise Malformed(f"{array.nbytes} bytes of data where {item.nbytes} were announced", tensor=item.name)
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def _announce(model: onnx.ModelProto, item: Initializer, offset: int | None, location: str) -> None:
+    proto = model.graph.initializer.add()
+    proto.name = item.name
+    proto.data_type = item.data_type
+    proto.dims.extend(item.shape)
+    if offset is None:
+        proto.raw_data = bytes(_bytes_of(item))
+        return
+    proto.data_location = proto.EXTERNAL
+    for key, value in (("location", location), ("offset", offset), ("length", item.nbytes)):
+        entry = proto.external_data.add()
+        entry.key, entry.value = key, str(value)
+
+
+def packed_nbytes(shape: Sequence[int], bits: int) -> int:
+    """Bytes of a tensor whose elements have `bits` bits, packed without gaps."""
+    return -(-math.prod(shape) * bits // 8)

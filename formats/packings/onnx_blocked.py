@@ -1,0 +1,100 @@
+"""Blocked quantization with standard operators: the operands of ONNX `DequantizeLinear`, and of lookups.
+
+Right operand of a MatMul, weight (N, K) = (out, in) turned to (K, N), axis 0:
+
+| operand     | type                    | shape            | meaning                                              |
+|-------------|-------------------------|------------------|------------------------------------------------------|
+| codes       | INT4 / INT8             | (K, N)           | signed codes; INT4 packs two a byte, first one low   |
+| scales      | FLOAT                   | (blocks, N)      | one a block of `block_size` rows                     |
+| zero_points | INT4 / INT8             | (blocks, N)      | absent means 0                                       |
+| offsets     | FLOAT                   | (blocks, N)      | not an operand: the minima of layouts that have them |
+
+With a free minimum the codes are UINT4 / UINT8 and the zero point is 0. Table of a lookup (rows, cols), last axis:
+
+| operand     | type   | shape          | meaning                                                               |
+|-------------|--------|----------------|-----------------------------------------------------------------------|
+| codes       | INT8   | (rows, cols)   | one a byte, since Gather takes no narrower type everywhere            |
+| scales      | FLOAT  | (rows, blocks) |                                                                       |
+| zero_points | INT8   | (rows, blocks) |                                                                       |
+
+Definition: DequantizeLinear-21 of ONNX; INT4 packing: docs/docsgen/source/technical/int4.md of ONNX.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from tightship.formats.packings import matmul_nbits
+from tightship.formats.packings.matmul_nbits import NBits
+from tightship.layout import Arrays, Layout
+
+FLOAT, UINT8, INT8, UINT4, INT4 = 1, 2, 3, 21, 22  # TensorProto.DataType
+BITS = {FLOAT: 32, UINT8: 8, INT8: 8, UINT4: 4, INT4: 4}
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """How a matrix lies in DequantizeLinear.
+
+    Attributes:
+        nbits: the same matrix as MatMulNBits would hold it; blocks, zero points and offsets are the same.
+        table: (rows, cols) with one code a byte, for lookups.
+    """
+
+    nbits: NBits
+    table: bool = False
+
+    @property
+    def code_type(self) -> int:
+        """TensorProto type of the codes."""
+        if self.table or self.nbits.bits == 8:
+            return UINT8 if self.nbits.offsets else INT8
+        return UINT4 if self.nbits.offsets else INT4
+
+    def shapes(self, rows: int) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """TensorProto type and shape of each operand for a matrix of `rows` rows."""
+        turn = (lambda a, b: (a, b)) if self.table else (lambda a, b: (b, a))
+        found = {
+            "codes": (self.code_type, turn(rows, self.nbits.cols)),
+            "scales": (FLOAT, turn(rows, self.nbits.blocks)),
+        }
+        if self.nbits.zero_points and not self.nbits.offsets:
+            found["zero_points"] = (self.code_type, turn(rows, self.nbits.blocks))
+        if self.nbits.offsets:
+            found["offsets"] = (FLOAT, turn(rows, self.nbits.blocks))
+        return found
+
+    def nbytes(self, rows: int) -> int:
+        """Bytes of all operands."""
+        return sum(-(-math.prod(shape) * BITS[kind] // 8) for kind, shape in self.shapes(rows).values())
+
+
+def pack(layout: Layout, arrays: Mapping[str, np.ndarray], spec: Blocked) -> Arrays:
+    """Operands as bytes in file order: the same integers and scales, nothing rounded. INT4 operands are 1-D bytes."""
+    operands = matmul_nbits.pack(layout, arrays, spec.nbits)
+    unsigned, zero = matmul_nbits.unpack(operands, spec.nbits)
+    half = 0 if spec.nbits.offsets else 1 << (spec.nbits.bits - 1)
+    turn = (lambda a: a) if spec.table else np.transpose
+    packed = {
+        "codes": _lanes(turn(unsigned.astype(np.int16) - half), spec.code_type),
+        "scales": turn(operands["scales"]),
+    }
+    shapes = spec.shapes(unsigned.shape[0])
+    if "zero_points" in shapes:
+        packed["zero_points"] = _lanes(turn(zero.astype(np.int16) - half), spec.code_type)
+    if "offsets" in shapes:
+        packed["offsets"] = operands["offsets"].T if spec.table else operands["offsets"]
+    return packed
+
+
+def _lanes(codes: np.ndarray, kind: int) -> np.ndarray:
+    flat = np.ascontiguousarray(codes).reshape(-1).astype(np.uint8)  # two's complement of negative codes
+    if BITS[kind] == 8:
+        return flat
+    nibbles = np.zeros(flat.size + flat.size % 2, np.uint8)
+    nibbles[: flat.size] = flat & 0x0F
+    return nibbles[0::2] | (nibbles[1::2] << np.uint8(4))

@@ -1,0 +1,180 @@
+"""ONNX Runtime on the CPU as judge of an ONNX artifact.
+
+Job: `artifact` (directory), `main` (file name), `mode`, `threads`, `want`:
+
+| mode    | session                                                                                                  |
+|---------|----------------------------------------------------------------------------------------------------------|
+| graph   | every optimisation off, MatMulNBits at accuracy level 0 (float32 accumulation, float activations)         |
+| shipped | the defaults of ONNX Runtime, attributes as stored                                                       |
+
+| want    | computed                                                                                                 |
+|---------|----------------------------------------------------------------------------------------------------------|
+| outputs | one pass over the whole sequence, the past empty                                                         |
+| decode  | a prefill of `prefill` tokens (default half), then one token at a time through the KV cache               |
+
+Arrays in: `input_ids` (b, s) int64, optional `attention_mask`, `position_ids`, `token_type_ids` of the same shape.
+Position ids default to the count of unmasked tokens before each token. Arrays out: the graph's `logits` (b, s, vocab)
+and `last_hidden_state` (b, s, hidden), float32.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tightship.errors import Malformed, Unsupported
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+Arrays = dict[str, np.ndarray]
+FLOAT32_LEVEL = 0
+_TYPES = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(int32)": np.dtype(np.int32),
+}
+_ROWS_AT_ONCE = 8
+
+
+def run(job: dict[str, Any], arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+    """See the module docstring. The dict names the version and what was computed.
+
+    Raises:
+        ImportError: onnxruntime is not installed.
+        Malformed: the graph does not keep the contract of inputs and outputs.
+    """
+    import onnxruntime as ort
+
+    path = Path(job["artifact"]) / job["main"]
+    graph = Graph(open_session(path, str(job.get("mode", "graph")), int(job.get("threads", 1))))
+    parts: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(arrays["input_ids"]), _ROWS_AT_ONCE):
+        rows = {key: array[start : start + _ROWS_AT_ONCE] for key, array in arrays.items()}
+        if job.get("want", "outputs") == "decode":
+            found = graph.decode(rows, int(job.get("prefill") or max(rows["input_ids"].shape[1] // 2, 1)))
+        else:
+            found = graph.outputs(rows)
+        for key, value in found.items():
+            parts.setdefault(key, []).append(value)
+    answer = {"version": ort.__version__, "mode": job.get("mode", "graph"), "want": job.get("want", "outputs")}
+    return answer, {key: np.concatenate(values) for key, values in parts.items()}
+
+
+def open_session(path: Path, mode: str, threads: int = 1) -> ort.InferenceSession:
+    """A CPU session on an ONNX file; see the module docstring for `mode`."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    source: str | bytes = str(path)
+    if mode == "graph":
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(FLOAT32_LEVEL))
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        source = in_float32(path)
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def in_float32(path: Path) -> bytes:
+    """The graph, its weights left outside, with every MatMulNBits told to keep its activations in float32."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            kept = [a for a in node.attribute if a.name != "accuracy_level"]
+            del node.attribute[:]
+            node.attribute.extend([*kept, onnx.helper.make_attribute("accuracy_level", FLOAT32_LEVEL)])
+    return model.SerializeToString()
+
+
+class Graph:
+    """A session by the contract of inputs and outputs: masks, positions and the KV cache."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self.session = session
+        self.inputs = {i.name: i for i in session.get_inputs()}
+        self.names = [o.name for o in session.get_outputs()]
+        self.past = [name for name in self.inputs if name.startswith("past_key_values.")]
+        self.present = [re.sub(r"^past_key_values", "present", name) for name in self.past]
+        missing = [name for name in self.present if name not in self.names]
+        if missing:
+            raise Malformed(f"the graph takes a past but gives no {missing[0]}")
+        self.wanted = [name for name in ("logits", "last_hidden_state") if name in self.names]
+        if not self.wanted:
+            raise Malformed(f"the graph gives neither logits nor last_hidden_state, but {', '.join(self.names[:4])}")
+
+    def outputs(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
+        """One pass, past empty."""
+        given = self._complete(arrays)
+        return self._step(given, self.empty_past(len(given["input_ids"])))[0]
+
+    def decode(self, arrays: Mapping[str, np.ndarray], prefill: int) -> Arrays:
+        """`prefill` tokens at once, the rest one by one; outputs joined to the shape of one pass."""
+        if not self.past:
+            raise Unsupported("this graph has no KV cache to decode with")
+        given = self._complete(arrays)
+        length = given["input_ids"].shape[1]
+        past = self.empty_past(len(given["input_ids"]))
+        parts: dict[str, list[np.ndarray]] = {}
+        for start, stop in [(0, prefill), *((i, i + 1) for i in range(prefill, length))]:
+            window = {key: value[:, start:stop] for key, value in given.items()}
+            window["attention_mask"] = given["attention_mask"][:, :stop]
+            found, past = self._step(window, past)
+            for key, value in found.items():
+                parts.setdefault(key, []).append(value)
+        return {key: np.concatenate(values, axis=1) for key, values in parts.items()}
+
+    def greedy(self, prompt: np.ndarray, count: int) -> np.ndarray:
+        """(count,) int64 most likely tokens after a prompt (s,) int64, through the cache."""
+        past = self.empty_past(1)
+        total = len(prompt)
+        step = self._complete({"input_ids": prompt[None].astype(np.int64)})
+        found: list[int] = []
+        while True:
+            out, past = self._step(step, past)
+            found.append(int(out["logits"][0, -1].argmax()))
+            if len(found) == count:
+                return np.array(found, np.int64)
+            total += 1
+            step = {
+                "input_ids": np.array([[found[-1]]], np.int64),
+                "attention_mask": np.ones((1, total), np.int64),
+                "position_ids": np.array([[total - 1]], np.int64),
+            }
+
+    def empty_past(self, batch: int) -> Arrays:
+        """A cache of length 0; heads and their size are static in the graph."""
+        found = {}
+        for name in self.past:
+            _, heads, _, size = self.inputs[name].shape
+            if not (isinstance(heads, int) and isinstance(size, int)):
+                raise Malformed(f"{name} must have a fixed number and size of heads, found {self.inputs[name].shape}")
+            found[name] = np.zeros((batch, heads, 0, size), _TYPES[self.inputs[name].type])
+        return found
+
+    def _complete(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
+        ids = arrays["input_ids"].astype(np.int64)
+        mask = arrays.get("attention_mask", np.ones_like(ids)).astype(np.int64)
+        positions = arrays.get("position_ids", np.maximum(mask.cumsum(axis=1) - 1, 0)).astype(np.int64)
+        types = arrays.get("token_type_ids", np.zeros_like(ids)).astype(np.int64)
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "token_type_ids": types}
+
+    def _step(self, given: Mapping[str, np.ndarray], past: Arrays) -> tuple[Arrays, Arrays]:
+        feeds = {
+            name: value.astype(_TYPES[self.inputs[name].type]) for name, value in given.items() if name in self.inputs
+        }
+        unfed = [name for name in self.inputs if name not in feeds and name not in past]
+        if unfed:
+            raise Malformed(f"the graph wants an input that nobody provides: {unfed[0]}")
+        values = self.session.run([*self.wanted, *self.present], {**feeds, **past})
+        found = {name: np.asarray(v, np.float32) for name, v in zip(self.wanted, values, strict=False)}
+        return found, dict(zip(self.past, values[len(self.wanted) :], strict=True))
