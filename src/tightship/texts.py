@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def token_windows(
         Unsupported: the checkpoint has no tokenizer that can be read.
         Malformed: the documents hold no window of at least 8 tokens.
     """
-    encode, before, after = _encoder(checkpoint)
+    codec = codec_of(checkpoint)
+    encode, before, after = codec.encode, codec.before, codec.after
     length = min(sequence, int(checkpoint.hyper.get("context", sequence)))
     room = length - len(before) - len(after)
     windows: list[np.ndarray] = []
@@ -131,29 +133,56 @@ def _sample(view: ModelView, starts: np.ndarray, length: int, rng: np.random.Gen
     return ids
 
 
-def _encoder(checkpoint: Checkpoint) -> tuple[Any, Sequence[int], Sequence[int]]:
-    """A function text -> ids without special tokens, and the special tokens before and after a text."""
+@dataclass(frozen=True)
+class Codec:
+    """A checkpoint's tokenizer: text to ids and back, without truncation or padding.
+
+    Attributes:
+        encode: text -> ids, without special tokens.
+        decode: ids -> text, without special tokens.
+        before, after: the special tokens that the tokenizer itself puts around a text.
+    """
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+def codec_of(checkpoint: Checkpoint) -> Codec:
+    """The tokenizer among a checkpoint's small files.
+
+    Raises:
+        Unsupported: there is none that can be read, or it changes a text's tokens when it adds its special ones.
+        Malformed: tokenizer.json is broken.
+    """
     raw = checkpoint.files.get("tokenizer.json")
     if raw is not None:
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_buffer(raw)
+        try:
+            tokenizer = Tokenizer.from_buffer(raw)
+        except ValueError as error:
+            raise Malformed(f"tokenizer.json cannot be read: {str(error)[:200]}") from error
         tokenizer.no_padding()
         tokenizer.no_truncation()
 
         def encode(text: str, special: bool = False) -> list[int]:
             return list(tokenizer.encode(text, add_special_tokens=special).ids)
     else:
-        slow = _slow_tokenizer(checkpoint)
+        tokenizer = _slow_tokenizer(checkpoint)
 
         def encode(text: str, special: bool = False) -> list[int]:
-            return list(slow.encode(text, add_special_tokens=special))
+            return list(tokenizer.encode(text, add_special_tokens=special))
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
     probe = "a"
     plain, wrapped = encode(probe), encode(probe, True)
     for start in range(len(wrapped) - len(plain) + 1):
         if wrapped[start : start + len(plain)] == plain:
-            return encode, wrapped[:start], wrapped[start + len(plain) :]
+            return Codec(encode, decode, tuple(wrapped[:start]), tuple(wrapped[start + len(plain) :]))
     raise Unsupported("the tokenizer changes a text's tokens when it adds its special ones")
 
 

@@ -12,9 +12,10 @@ from tightship.checkpoint import Checkpoint
 from tightship.errors import Malformed, Unsupported, UsageError
 from tightship.modelview import ModelView
 from tightship.opening import open_checkpoint
-from tightship.texts import generated_windows, read_documents, token_windows
+from tightship.texts import codec_of, generated_windows, read_documents, token_windows
 
-EMBER = Path(__file__).parents[2] / "examples" / "ember"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+EMBER = EXAMPLES / "ember"
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +90,16 @@ def test_generated_text_follows_the_model_and_the_seed(ember: Checkpoint) -> Non
     entropy = -(np.exp(log_p) * log_p).sum(axis=-1)
     spread = (surprise - entropy).std() / np.sqrt(surprise.size)
     assert abs((surprise - entropy).mean()) < 5 * spread
+
+
+def test_a_codec_reads_back_what_it_wrote() -> None:
+    codec = codec_of(open_checkpoint(EXAMPLES / "ember-bert"))
+    assert (codec.before, codec.after) == ((2,), (3,))
+    assert codec.decode([*codec.before, *codec.encode("The river ran dry."), *codec.after]) == "the river ran dry."
+
+
+@pytest.mark.parametrize("raw", [b"", b"{}", b'{"version": "1.0", "model": {"type": "BPE"}}'])
+def test_a_broken_tokenizer_is_named(raw: bytes) -> None:
+    checkpoint = open_checkpoint(EXAMPLES / "ember-bert")
+    with pytest.raises(Malformed, match=r"tokenizer\.json"):
+        codec_of(checkpoint.replace(files={"tokenizer.json": raw}))
