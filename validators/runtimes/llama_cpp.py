@@ -1,0 +1,218 @@
+"""llama.cpp as a judge, through the cyllama wheel.
+
+Job: `artifact` and `main` (the GGUF file), `threads`, `mode`, `want`:
+
+| mode    | computed with                                                                                           |
+|---------|---------------------------------------------------------------------------------------------------------|
+| graph   | weights widened to float32, float32 KV cache, no flash attention, no repacking: the graph's own error   |
+| shipped | the file as it is and the library's defaults: its activation quantization and float16 cache included    |
+
+| want     | arrays in                              | answer                                                           |
+|----------|----------------------------------------|------------------------------------------------------------------|
+| outputs  | input_ids (b, s), attention_mask       | logits (b, s, vocab); encoders: last_hidden_state (b, s, hidden) |
+| generate | input_ids (b, s)                       | tokens (b, `tokens`), greedy                                     |
+| tokenize | -- (`texts`, `parse_special`)          | ids: one list a text                                             |
+| vocab    | --                                     | pieces, types, scores, merges, special ids                       |
+
+`decode` (default 0): the last so many positions come from single-token steps through the cache. `pooling: mean | cls`
+(encoders) adds sentence_embedding (b, hidden). Positions that the mask leaves out are zero.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tightship.errors import GateFailed
+from tightship.formats.gguf_file import read_gguf
+from tightship.validators.gguf_float32 import as_float32
+
+if TYPE_CHECKING:
+    from cyllama.llama.llama_cpp import LlamaContext, LlamaModel
+
+Arrays = dict[str, np.ndarray]
+
+_F32 = 0  # ggml.h: GGML_TYPE_F32
+_FLASH_ATTENTION_OFF = 0  # llama.h: LLAMA_FLASH_ATTN_TYPE_DISABLED
+_POOLING = {"none": 0, "mean": 1, "cls": 2}  # llama.h: llama_pooling_type
+_CHUNK = 512
+
+
+def run(job: dict[str, Any], arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+    """Answer one job; see the module's tables.
+
+    Raises:
+        ImportError: cyllama is not installed.
+        GateFailed: the library refuses the file or a step.
+    """
+    import cyllama.llama.llama_cpp as library
+
+    path = Path(job["artifact"]) / job["main"]
+    want = job.get("want", "outputs")
+    about = {"version": f"cyllama {_version()}, ggml {library.ggml_version()}"}
+    if want in ("tokenize", "vocab"):
+        model = _load(path, vocab_only=True)
+        return about | (_tokenize(model, job) if want == "tokenize" else _vocabulary(model, path)), {}
+    widen = job.get("mode", "shipped") == "graph"
+    with tempfile.TemporaryDirectory() if widen else nullcontext("") as directory:
+        model = _load(as_float32(path, Path(directory)) if widen else path)
+        about["description"] = str(model.desc)
+        if _is_encoder(model):
+            return about, _encode(model, job, arrays)
+        if want == "generate":
+            return about, {"tokens": np.stack([_greedy(model, job, row) for row in arrays["input_ids"]])}
+        return about, {"logits": _logits(model, job, arrays)}
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("cyllama")
+
+
+def _load(path: Path, *, vocab_only: bool = False) -> LlamaModel:
+    import cyllama.llama.llama_cpp as library
+
+    class Model(library.LlamaModel):
+        """`get_logits_ith` asks its model for `n_vocab`, which the wheel's class lacks."""
+
+        @property
+        def n_vocab(self) -> int:
+            return self.get_vocab().n_vocab
+
+    params = library.LlamaModelParams()
+    params.vocab_only = vocab_only
+    params.n_gpu_layers = 0
+    params.use_extra_bufts = False
+    params.check_tensors = True
+    library.ggml_backend_load_all()
+    library.llama_backend_init()
+    try:
+        return Model(path_model=os.fspath(path), params=params)
+    except (ValueError, RuntimeError) as error:
+        raise GateFailed(f"llama.cpp does not load {path.name}: {error}") from error
+
+
+def _is_encoder(model: LlamaModel) -> bool:
+    architecture = model.meta_val_str("general.architecture")
+    try:
+        return model.meta_val_str(f"{architecture}.attention.causal") == "false"
+    except ValueError:
+        return False
+
+
+def _context(model: LlamaModel, job: dict[str, Any], length: int, pooling: str | None = None) -> LlamaContext:
+    import cyllama.llama.llama_cpp as library
+
+    params = library.LlamaContextParams()
+    params.n_ctx = length
+    params.n_batch = params.n_ubatch = length if pooling else min(length, _CHUNK)
+    params.n_threads = params.n_threads_batch = int(job.get("threads", 1))
+    if job.get("mode", "shipped") == "graph":
+        params.flash_attn_type = _FLASH_ATTENTION_OFF
+        params.type_k = params.type_v = _F32
+    if pooling:
+        params.embeddings = True
+        params.pooling_type = _POOLING[pooling]
+    return library.LlamaContext(model=model, params=params)
+
+
+def _kept(arrays: Arrays) -> list[np.ndarray]:
+    """Positions of each row that the mask keeps."""
+    ids = arrays["input_ids"]
+    mask = arrays.get("attention_mask", np.ones_like(ids))
+    return [np.flatnonzero(row) for row in mask]
+
+
+def _step(context: LlamaContext, ids: np.ndarray, start: int) -> None:
+    """Append tokens to sequence 0, all of them with outputs."""
+    import cyllama.llama.llama_cpp as library
+
+    batch = library.LlamaBatch(n_tokens=len(ids), embd=0, n_seq_max=1)
+    for place, token in enumerate(ids):
+        batch.add(int(token), start + place, [0], True)
+    if code := context.decode(batch):
+        raise GateFailed(f"llama.cpp stops at token {start}: llama_decode returned {code}")
+
+
+def _logits(model: LlamaModel, job: dict[str, Any], arrays: Arrays) -> np.ndarray:
+    ids = arrays["input_ids"]
+    out = np.zeros((*ids.shape, model.n_vocab), np.float32)
+    context = _context(model, job, ids.shape[1])
+    for row, kept in enumerate(_kept(arrays)):
+        context.kv_cache_clear()
+        for first, last in _steps(len(kept), int(job.get("decode", 0))):
+            _step(context, ids[row, kept[first:last]], first)
+            for place in range(first, last):
+                out[row, kept[place]] = context.get_logits_ith(place - first)
+    return out
+
+
+def _steps(length: int, decode: int) -> list[tuple[int, int]]:
+    """Chunks of the prompt, then single tokens."""
+    split = max(length - decode, min(length, 1))
+    chunks = [(i, min(i + _CHUNK, split)) for i in range(0, split, _CHUNK)]
+    return chunks + [(i, i + 1) for i in range(split, length)]
+
+
+def _greedy(model: LlamaModel, job: dict[str, Any], prompt: np.ndarray) -> np.ndarray:
+    """(tokens,) int64; no stop at an end token, so that lengths are equal."""
+    count = int(job["tokens"])
+    context = _context(model, job, len(prompt) + count)
+    for first, last in _steps(len(prompt), 0):
+        _step(context, prompt[first:last], first)
+    found: list[int] = []
+    while True:
+        found.append(int(np.argmax(context.get_logits_ith(-1))))
+        if len(found) == count:
+            return np.array(found, np.int64)
+        _step(context, np.array(found[-1:]), len(prompt) + len(found) - 1)
+
+
+def _encode(model: LlamaModel, job: dict[str, Any], arrays: Arrays) -> Arrays:
+    ids = arrays["input_ids"]
+    out = {"last_hidden_state": np.zeros((*ids.shape, model.n_embd), np.float32)}
+    context = _context(model, job, ids.shape[1], "none")
+    for row, kept in enumerate(_kept(arrays)):
+        _step(context, ids[row, kept], 0)
+        for place, position in enumerate(kept):
+            out["last_hidden_state"][row, position] = context.get_embeddings_ith(place)
+    if "pooling" in job:
+        pooled = _context(model, job, ids.shape[1], job["pooling"])
+        rows = []
+        for row, kept in enumerate(_kept(arrays)):
+            _step(pooled, ids[row, kept], 0)
+            rows.append(_pooled(pooled, model))
+        out["sentence_embedding"] = np.stack(rows)
+    return out
+
+
+def _pooled(context: LlamaContext, model: LlamaModel) -> np.ndarray:
+    return np.asarray(context.get_embeddings(), np.float32)[: model.n_embd]
+
+
+def _tokenize(model: LlamaModel, job: dict[str, Any]) -> dict[str, Any]:
+    vocabulary = model.get_vocab()
+    special = bool(job.get("parse_special", True))
+    add = bool(job.get("add_special", True))
+    return {"ids": [list(vocabulary.tokenize(text, add, special)) for text in job["texts"]]}
+
+
+def _vocabulary(model: LlamaModel, path: Path) -> dict[str, Any]:
+    vocabulary = model.get_vocab()
+    ids = range(vocabulary.n_vocab)
+    return {
+        "pieces": [vocabulary.get_text(i) for i in ids],
+        "types": [int(vocabulary.get_attr(i)) for i in ids],
+        "scores": [float(vocabulary.get_score(i)) for i in ids],
+        "merges": read_gguf(path).metadata.get("tokenizer.ggml.merges", []),
+        "bos": vocabulary.token_bos(),
+        "eos": vocabulary.token_eos(),
+        "add_bos": bool(vocabulary.get_add_bos()),
+        "add_eos": bool(vocabulary.get_add_eos()),
+    }
