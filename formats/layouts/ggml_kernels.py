@@ -80,7 +80,8 @@ def round_symmetric(first: int, last: int, w: Any, bits: Any, low: int, d: Any, 
         d[block] = step
         factor = inverse(step)
         for i in range(len(x)):
-            codes[block, i] = np.int32(min(x[i] * factor + shift, top)) + low
+            v = x[i] * factor + shift
+            codes[block, i] = np.int32(v if v < top else top) + low
 
 
 @njit(cache=True, nogil=True)
@@ -101,16 +102,21 @@ def round_bytes(first: int, last: int, w: Any, bits: Any, d: Any, codes: Any) ->
 @njit(cache=True, nogil=True)
 def round_affine(first: int, last: int, w: Any, bits: Any, top: int, d: Any, m: Any, codes: Any) -> None:
     """Q4_1, Q5_1: m = least, d = range / top, code = trunc((x - m) / d + 1/2)."""
-    for block in range(first, last):
+    # Slices, since an index from range(first, last) may be negative for all LLVM knows: twice as fast.
+    w, bits, d, m, codes = w[first:last], bits[first:last], d[first:last], m[first:last], codes[first:last]
+    most = np.float32(top)
+    for block in range(len(w)):
         x = w[block]
         low, high = extremes(bits[block])
-        if low == 0:
-            low = first_of(x, low)
-        step = (high - low) / np.float32(top)
+        step = (high - low) / most
         d[block], m[block] = step, low
         factor = inverse(step)
         for i in range(len(x)):
-            codes[block, i] = np.int32(min((x[i] - low) * factor + np.float32(0.5), np.float32(top)))
+            v = (x[i] - low) * factor + np.float32(0.5)
+            codes[block, i] = np.int32(v if v < most else most)
+    for block in range(len(w)):
+        if m[block] == 0:
+            m[block] = first_of(w[block], np.float32(0))
 
 
 @njit(cache=True, nogil=True)
@@ -230,7 +236,9 @@ def _weigh_blocks(
 @njit(cache=True, nogil=True)
 def nearest_code(v: float, low: int, high: int) -> int:
     """Nearest integer within [low, high], ties to even."""
-    v = min(max(v, np.float32(low)), np.float32(high))
+    low, high = np.float32(low), np.float32(high)
+    v = v if v > low else low
+    v = v if v < high else high
     return np.int32((v + np.float32(12582912.0)) - np.float32(12582912.0))
 
 

@@ -53,7 +53,11 @@ def _unpack_nibbles(qs: np.ndarray) -> np.ndarray:
 
 def _pack_bits(q: np.ndarray) -> np.ndarray:
     """uint8 (blocks, 256), the lowest bit used -> uint8 (blocks, 32)."""
-    return np.packbits(q.reshape(-1, 8, 32), axis=1, bitorder="little").reshape(-1, 32)
+    q = q.reshape(-1, 8, 32)
+    result = q[:, 0] & 1
+    for k in range(1, 8):
+        result |= (q[:, k] & 1) << k
+    return result
 
 
 def _unpack_bits(qh: np.ndarray) -> np.ndarray:

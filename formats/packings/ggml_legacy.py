@@ -13,7 +13,10 @@ qs[j] holds weight j in its low nibble and weight j + 16 in its high nibble; bit
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numba import njit
 
 from tightship.formats.layouts.affine import Affine
 from tightship.formats.layouts.ggml_affine import Q4_1, Q5_1
@@ -21,43 +24,49 @@ from tightship.formats.packings.ggml_block import BlockType, as_bytes, cut, halv
 from tightship.layout import Arrays
 
 
-def pack_nibbles(q: np.ndarray) -> np.ndarray:
-    """uint8 (blocks, 32), low four bits used -> uint8 (blocks, 16)."""
-    return (q[:, :16] & 15) | (q[:, 16:] << 4)
+@njit(cache=True, nogil=True)
+def _write_codes(codes: Any, offset: int, header: int, fifth: bool, out: Any) -> None:
+    """uint8 codes (blocks, 32), stored + offset, behind the header of every block of `out` (blocks, bytes)."""
+    shift, at = np.uint8(offset), header + 4 if fifth else header
+    for block in range(len(codes)):
+        q, row = codes[block], out[block]
+        for j in range(16):
+            row[at + j] = np.uint8((q[j] + shift) & 15) | np.uint8((q[j + 16] + shift) << 4)
+        if fifth:
+            for k in range(4):
+                bits = 0
+                for j in range(8):
+                    bits |= (np.uint8(q[8 * k + j] + shift) >> 4) << j
+                row[header + k] = bits
 
 
-def unpack_nibbles(qs: np.ndarray) -> np.ndarray:
-    """Inverse of `pack_nibbles`."""
-    return np.concatenate([qs & 15, qs >> 4], axis=1)
-
-
-def _pack_codes(codes: np.ndarray, offset: int, bits: int) -> np.ndarray:
-    """Codes in -offset.. -> uint8 (blocks, 16), with the plane of fifth bits in front where there is one."""
-    q = (codes.reshape(-1, 32).view(np.uint8) + np.uint8(offset)).view(np.uint8)
-    if bits == 4:
-        return pack_nibbles(q)
-    return np.concatenate([np.packbits(q >> 4, axis=1, bitorder="little"), pack_nibbles(q)], axis=1)
+def _pack(header: np.ndarray, codes: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 (rows, bytes of a row) of a header, uint8 (blocks, 2 or 4), and codes from -2^(bits-1), or 0 if uint8."""
+    width, fifth = header.shape[1], bits == 5
+    out = np.empty((len(header), width + (20 if fifth else 16)), np.uint8)
+    out[:, :width] = header
+    offset = 1 << (bits - 1) if codes.dtype == np.int8 else 0
+    _write_codes(np.ascontiguousarray(codes).view(np.uint8).reshape(-1, 32), offset, width, fifth, out)
+    return out.reshape(len(codes), -1)
 
 
 def _unpack_codes(fields: list[np.ndarray], cols: int) -> np.ndarray:
     """[qs] or [qh, qs] -> uint8 (rows, cols), unsigned codes."""
-    q = unpack_nibbles(fields[-1])
+    qs = fields[-1]
+    q = np.concatenate([qs & 15, qs >> 4], axis=1)
     if len(fields) == 2:
         q |= np.unpackbits(fields[0], axis=1, bitorder="little") << 4
     return q.reshape(-1, cols)
 
 
 def _pack_symmetric(arrays: Arrays, bits: int) -> np.ndarray:
-    scale = arrays["scale"]
+    scale, codes = arrays["scale"], arrays["codes"]
     d = as_bytes(scale, scale.size)
-    if bits == 8:
-        return join(len(scale), d, as_bytes(arrays["codes"], scale.size))
-    return join(len(scale), d, _pack_codes(arrays["codes"], 1 << (bits - 1), bits))
+    return join(len(codes), d, as_bytes(codes, scale.size)) if bits == 8 else _pack(d, codes, bits)
 
 
 def _unpack_symmetric(data: np.ndarray, cols: int, bits: int) -> Arrays:
-    sizes = {8: (2, 32), 5: (2, 4, 16), 4: (2, 16)}[bits]
-    d, *fields = cut(data, *sizes)
+    d, *fields = cut(data, *{8: (2, 32), 5: (2, 4, 16), 4: (2, 16)}[bits])
     if bits == 8:
         codes = fields[0].view(np.int8).reshape(-1, cols)
     else:
@@ -66,8 +75,8 @@ def _unpack_symmetric(data: np.ndarray, cols: int, bits: int) -> Arrays:
 
 
 def _pack_minimum(arrays: Arrays, bits: int) -> np.ndarray:
-    d, m = arrays["d"], arrays["m"]
-    return join(len(d), as_bytes(d, d.size), as_bytes(m, m.size), _pack_codes(arrays["codes"], 0, bits))
+    d, m = (as_bytes(arrays[key], arrays[key].size) for key in ("d", "m"))
+    return _pack(np.concatenate([d, m], axis=1), arrays["codes"], bits)
 
 
 def _unpack_minimum(data: np.ndarray, cols: int, bits: int) -> Arrays:
