@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tightship.modelview import ModelView
 
 SHORTEST = 8  # a shorter rest of a document says little; it is left out
 _ROWS_AT_ONCE = 16
+_VOCABULARIES = ("vocab*", "*.model", "*.model.v*")
 
 
 def read_documents(path: str | Path) -> tuple[str, ...]:
@@ -190,6 +192,9 @@ def _slow_tokenizer(checkpoint: Checkpoint) -> Any:
     """transformers' tokenizer from the small files, for models without tokenizer.json."""
     from transformers import AutoTokenizer
 
+    # Without any vocabulary, transformers makes up an empty one and says nothing.
+    if not any(fnmatch(name, pattern) for name in checkpoint.files for pattern in _VOCABULARIES):
+        raise Unsupported(f"{checkpoint.name} has no tokenizer", hint="put tokenizer.json beside the weights")
     with tempfile.TemporaryDirectory() as folder:
         for name, data in checkpoint.files.items():
             target = Path(folder) / name

@@ -1,0 +1,175 @@
+"""The tokens that a proof is made on: a user's text, text that the model writes itself, shipped sentences, or noise.
+
+Decoders predict the token that follows; masked language models predict tokens that `[MASK]` hides; other encoders
+predict nothing, and their outputs are compared as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from tightship.checkpoint import Checkpoint
+from tightship.errors import Unsupported
+from tightship.modelview import ModelView
+from tightship.texts import codec_of, generated_windows, read_documents, token_windows
+
+Origin = Literal["file", "shipped", "self", "random"]
+
+WINDOWS = 8
+LENGTH = 128
+_HIDE_EVERY = 7
+_ORIGINS = {
+    "file": "the given text",
+    "shipped": "sentences that come with tightship",
+    "self": "self-generated: text that the original wrote, sampled at temperature 1",
+    "random": "random tokens: there is no tokenizer, and the model does not write",
+}
+
+
+@dataclass(frozen=True)
+class TextWindows:
+    """Token windows of one length.
+
+    Attributes:
+        ids: (n, length) int64, what the models see.
+        mask: (n, length) int64, 1 where a token is real and 0 where it pads on the right.
+        origin: where the tokens come from.
+        targets: (n, length) int64, the token to be predicted at each position, -1 where there is none.
+        scored: (n, length) bool, where outputs are compared for loss: all real tokens, but only the hidden ones of a
+            masked language model, since the rest it has to copy.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+    origin: Origin
+    targets: np.ndarray = field(repr=False)
+    scored: np.ndarray = field(repr=False)
+
+    @property
+    def shipped(self) -> bool:
+        return self.origin == "shipped"
+
+    @property
+    def has_real_text(self) -> bool:
+        """Somebody else than the model wrote it: perplexities mean something."""
+        return self.origin in ("file", "shipped")
+
+    @property
+    def note(self) -> str:
+        """One phrase for the report."""
+        return f"{int(self.mask.sum())} tokens in {len(self.ids)} windows, {_ORIGINS[self.origin]}"
+
+
+def proof_windows(
+    view: ModelView, *, text: str | Path | None = None, windows: int = WINDOWS, length: int = LENGTH, seed: int = 0
+) -> TextWindows:
+    """Windows for a proof.
+
+    Args:
+        view: the original. Only self-generation runs it.
+        text: a user's file (`.txt`, or `.jsonl` with `text`); None for what the model's task allows.
+        windows, length: at most so many, each at most so long and no longer than the model's context.
+        seed: of self-generated and random tokens.
+
+    Raises:
+        UsageError, Malformed: the text file is missing, empty, not UTF-8, or too short.
+        Unsupported: a text file is given, and the checkpoint has no tokenizer.
+    """
+    checkpoint = view.checkpoint
+    length = min(length, int(checkpoint.hyper.get("context", length)))
+    decoder = checkpoint.architecture.task == "text-generation"
+    if text is not None:
+        found = token_windows(checkpoint, read_documents(text), tokens=windows * length, sequence=length)
+        # Padding only adds work where nothing has to be padded: what does not fill a window is left out.
+        full = [row for row in found if len(row) == len(found[0])] if decoder else found
+        return _windows(checkpoint, full, "file")
+    if decoder:
+        written = generated_windows(view, tokens=windows * length, sequence=length, seed=seed)
+        return _windows(checkpoint, written, "self")
+    if not _has_tokenizer(checkpoint):
+        return random_windows(checkpoint, windows=windows, length=length, seed=seed)
+    return _windows(checkpoint, _shipped(checkpoint, windows, length), "shipped")
+
+
+def random_windows(
+    checkpoint: Checkpoint, *, windows: int = WINDOWS, length: int = LENGTH, seed: int = 0
+) -> TextWindows:
+    """Uniformly drawn token ids: for fidelity, and for loss only where there is nothing better."""
+    length = min(length, int(checkpoint.hyper.get("context", length)))
+    ids = np.random.default_rng(seed).integers(0, int(checkpoint.hyper["vocab"]), (windows, length))
+    return _windows(checkpoint, list(ids), "random")
+
+
+def next_tokens(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(n, length) int64: the token after each position, -1 at the last and before padding."""
+    following = np.full(ids.shape, -1, np.int64)
+    following[:, :-1] = np.where(mask[:, 1:] == 1, ids[:, 1:], -1)
+    return following
+
+
+def _windows(checkpoint: Checkpoint, rows: Sequence[np.ndarray], origin: Origin) -> TextWindows:
+    ids, mask = padded(rows, max(0, int(checkpoint.config.get("pad_token_id") or 0)))
+    real = mask == 1
+    if checkpoint.architecture.task == "text-generation":
+        return TextWindows(ids, mask, origin, next_tokens(ids, mask), real)
+    hider = mask_token(checkpoint) if checkpoint.architecture.task == "fill-mask" else None
+    hidden = np.zeros(ids.shape, bool)
+    if hider is not None:
+        hidden[:, _HIDE_EVERY // 2 :: _HIDE_EVERY] = True
+        hidden &= real & ~np.isin(ids, list(_special_tokens(checkpoint).values()))
+        real = hidden
+    return TextWindows(np.where(hidden, hider or 0, ids), mask, origin, np.where(hidden, ids, -1), real)
+
+
+def padded(rows: Sequence[np.ndarray | Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of different lengths side by side, padded on the right: ids and mask, (n, longest) int64."""
+    longest = max(len(row) for row in rows)
+    ids = np.full((len(rows), longest), pad, np.int64)
+    mask = np.zeros((len(rows), longest), np.int64)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = row
+        mask[index, : len(row)] = 1
+    return ids, mask
+
+
+def mask_token(checkpoint: Checkpoint) -> int | None:
+    """The id of the token that hides others, as tokenizer_config.json and tokenizer.json say; None without one."""
+    word = _json(checkpoint, "tokenizer_config.json").get("mask_token")
+    return _special_tokens(checkpoint).get(word.get("content") if isinstance(word, dict) else word)
+
+
+def _special_tokens(checkpoint: Checkpoint) -> dict[str | None, int]:
+    added = _json(checkpoint, "tokenizer.json").get("added_tokens", [])
+    return {token["content"]: int(token["id"]) for token in added if token.get("special")}
+
+
+def _shipped(checkpoint: Checkpoint, windows: int, length: int) -> list[np.ndarray]:
+    """The shipped sentences, one to three in a window, so that windows differ in length."""
+    sentences = json.loads((resources.files("tightship.validators") / "sentences.json").read_text(encoding="utf-8"))
+    codec = codec_of(checkpoint)
+    rows = []
+    for index in range(windows):
+        chosen = [sentences[(2 * index + k) % len(sentences)] for k in range(1 + index % 3)]
+        body = codec.encode(" ".join(chosen))[: length - len(codec.before) - len(codec.after)]
+        rows.append(np.array([*codec.before, *body, *codec.after], np.int64))
+    return rows
+
+
+def _has_tokenizer(checkpoint: Checkpoint) -> bool:
+    try:
+        codec_of(checkpoint)
+    except Unsupported:
+        return False
+    return True
+
+
+def _json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    data = json.loads(checkpoint.files.get(name, b"{}"))
+    return data if isinstance(data, dict) else {}
