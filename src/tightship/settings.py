@@ -104,6 +104,11 @@ def integer(name: str, environment: Mapping[str, str] = os.environ) -> int | Non
     return int(text)
 
 
+def text_setting(name: str) -> str | None:
+    """The value of `TIGHTSHIP_<NAME>`, None where it is empty or not set."""
+    return os.environ.get(f"TIGHTSHIP_{name}") or None
+
+
 def available_threads() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

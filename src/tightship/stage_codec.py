@@ -55,11 +55,8 @@ def save_stage(folder: Path, parent: Checkpoint, result: Checkpoint) -> dict[str
     }
 
 
-def load_stage(folder: Path, parent: Checkpoint) -> Checkpoint:
-    """The checkpoint that `save_stage` described; weights are read from the stage when asked for."""
-    import json
-
-    body = json.loads((folder / "stage.json").read_text())["body"]
+def load_stage(folder: Path, body: Mapping[str, Any], parent: Checkpoint) -> Checkpoint:
+    """The checkpoint that `save_stage` described in `body`; weights are read from the stage when asked for."""
     weights = {name: _load(folder, entry, parent) for name, entry in body["weights"].items()}
     blobs = {
         field: {name: (folder / file).read_bytes() for name, file in body[field].items()}

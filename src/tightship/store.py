@@ -45,11 +45,11 @@ class Store:
 
     def get_or_make(
         self, key: str, parent: Checkpoint, make: Callable[[Path], Checkpoint], *, about: dict[str, Any]
-    ) -> tuple[Checkpoint, str]:
-        """The stage's checkpoint, and how it was had: `reused`, `made`, or `redone` (it was damaged).
+    ) -> tuple[Checkpoint, str, dict[str, Any]]:
+        """The stage's checkpoint; how it was had (`reused`, `made`, or `redone`: it was damaged); and its `about`.
 
-        `make(scratch)` computes it; `scratch` outlives a kill. `about` is what `ls` tells of it. The result reads from
-        the store, so that a build that made the stage and one that found it go on from the same bytes.
+        `make(scratch)` computes it; `scratch` outlives a kill. `about` is kept as it is after `make`. The result reads
+        from the store, so that a build that made the stage and one that found it go on from the same bytes.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         with self._lock(key):
@@ -61,7 +61,8 @@ class Store:
             if not final.exists():
                 self._make(key, parent, make, about)
             os.utime(final)
-            return load_stage(final, parent), how
+            body = read_body(final)
+            return load_stage(final, body, parent), how, body["about"]
 
     def _make(self, key: str, parent: Checkpoint, make: Callable[[Path], Checkpoint], about: dict[str, Any]) -> None:
         partial = self.root / f"{key}.partial"
@@ -85,13 +86,16 @@ class Store:
         """One entry a stage: `key`, `pass`, `bytes`, `state` (finished, unfinished, damaged), `pinned`, `used` (s)."""
         found = []
         for path in sorted(self._stages()):
-            partial = path.name.endswith(".partial")
-            body = None if partial else _body(path)
-            state = "unfinished" if partial else "finished" if body else "damaged"
+            use, state = "?", "unfinished"
+            if not path.name.endswith(".partial"):
+                try:
+                    use, state = read_body(path)["about"].get("use", "?"), "finished"
+                except Malformed:
+                    state = "damaged"
             found.append(
                 {
                     "key": path.name.removesuffix(".partial"),
-                    "pass": body["about"].get("use", "?") if body else "?",
+                    "pass": use,
                     "bytes": sum(p.stat().st_size for p in path.rglob("*") if p.is_file()),
                     "state": state,
                     "pinned": (path / "pinned").exists(),
@@ -147,21 +151,25 @@ def source_key(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
-def _body(path: Path) -> dict[str, Any] | None:
+def read_body(path: Path) -> dict[str, Any]:
+    """What `stage.json` of a finished stage says.
+
+    Raises:
+        Malformed: it is not what was written.
+    """
     try:
         data = json.loads((path / "stage.json").read_text())
         whole = data["sha256"] == digest_json(data["body"]) and data["body"]["key"] == path.name
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return dict(data["body"]) if whole else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Malformed(f"stage {path.name} has no readable description") from error
+    if not whole:
+        raise Malformed(f"the description of stage {path.name} was changed")
+    return dict(data["body"])
 
 
 def _intact(path: Path) -> bool:
     """Whether every byte of a finished stage is what was written."""
-    body = _body(path)
-    if body is None:
-        return False
     try:
-        return all(sha256_file(path / name) == digest for name, digest in body["files"].items())
+        return all(sha256_file(path / name) == digest for name, digest in read_body(path)["files"].items())
     except (OSError, Malformed):
         return False

@@ -1,0 +1,247 @@
+"""The passes of a recipe in order: made, outlined without data, and run.
+
+Cheap passes (`per_tensor` and in need of nothing) are streamed: they only wrap lazy weights. All others are stages in
+the store. Both advance the key of what they made, so that a stage knows everything before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tightship.checkpoint import Checkpoint
+from tightship.errors import UsageError
+from tightship.recipe import SELF, Recipe, Step, is_quantizing
+from tightship.settings import Settings
+from tightship.store import Store, source_key, stage_key
+from tightship.suggest import did_you_mean
+from tightship.target import Progress, Target
+
+if TYPE_CHECKING:
+    from tightship.passes.base import Pass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pass of the recipe, ready to run."""
+
+    step: Step
+    work: Pass
+
+    @property
+    def streamed(self) -> bool:
+        """Whether its results are computed on the way instead of stored."""
+        return self.work.per_tensor and self.work.needs == "nothing"
+
+
+@dataclass(frozen=True)
+class State:
+    """A checkpoint on its way, the key of all that made it, and what was done (`report.json`'s stages)."""
+
+    checkpoint: Checkpoint
+    key: str
+    log: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What stages are run with. `results` maps ids of the recipe to what they made, for later inputs."""
+
+    recipe: Recipe
+    settings: Settings
+    progress: Progress
+    results: dict[str, State] = field(default_factory=dict)
+
+    @property
+    def store(self) -> Store:
+        return Store(self.settings.work)
+
+
+def make_stages(recipe: Recipe, *, allow_order: bool = False) -> tuple[list[Stage], list[str]]:
+    """The passes of a recipe with their options checked, and complaints about their order that were let through.
+
+    Raises:
+        UsageError: an unknown pass or option; an order that undoes earlier work, unless allowed.
+    """
+    from tightship.passes import pass_for
+    from tightship.passes.base import check_order
+
+    stages = []
+    for number, step in enumerate(recipe.passes):
+        options = dict(step.options)
+        if step.use == "quantize":
+            options.setdefault("solver", recipe.default_solver())
+        stages.append(Stage(step, pass_for(step.use, options, f"passes[{number}]")))
+    return stages, check_order([stage.work for stage in stages], allow=allow_order)
+
+
+def scheme_stage(checkpoint: Checkpoint, target: Target, exporter: Any, recipe: Recipe) -> Stage | None:
+    """What a target's scheme wants of each tensor, as a pass; None where it wants nothing.
+
+    Raises:
+        UsageError: options of a solver where nothing is solved.
+    """
+    from tightship.passes import pass_for
+
+    layouts = exporter.layout_for(checkpoint, for_container(target, recipe))
+    options = {key: value for key, value in target.options.items() if key in _solver_options()}
+    if not layouts:
+        if options:
+            raise UsageError(f"target {target.id} quantizes nothing, so {', '.join(options)} would have no effect")
+        return None
+    options.setdefault("solver", recipe.default_solver() if is_quantizing(target) else "rtn")
+    work = pass_for("quantize", {**options, "layouts": dict(layouts)}, f"target {target.id}")
+    return Stage(Step("quantize", f"scheme {target.id}"), work)
+
+
+def for_container(target: Target, recipe: Recipe) -> Target:
+    """The target as its exporter sees it: `solver` said outright, further options of the solver left out."""
+    theirs = _solver_options() - {"solver"}
+    options = {key: value for key, value in target.options.items() if key not in theirs}
+    if is_quantizing(target):
+        options.setdefault("solver", recipe.default_solver())
+    return dataclasses.replace(target, options=options)
+
+
+def _solver_options() -> set[str]:
+    from tightship.passes.quantize import Quantize
+
+    return {f.name for f in dataclasses.fields(Quantize)} - {"layout", "layouts", "include"}
+
+
+def outline(checkpoint: Checkpoint, stage: Stage) -> Checkpoint:
+    """What a stage will make, as far as it is known without data.
+
+    Raises:
+        Unsupported, UsageError: what the pass cannot do, before any work.
+    """
+    stage.work.requires(checkpoint)
+    return _recorded(checkpoint, stage.work.outline(checkpoint), stage.work)
+
+
+def run_stage(state: State, stage: Stage, shop: Workshop) -> State:
+    """Run a pass, or find its result in the store."""
+    from tightship.passes.base import Run
+
+    before, work = state.checkpoint, stage.work
+    work.requires(before)
+    given = _inputs(stage.step, shop)
+    texts = _texts(shop.recipe) if work.needs == "calibration" else ()
+    key = stage_key(
+        state.key,
+        work.to_json(),
+        inputs=_digests(given, texts, shop.recipe, work.needs),
+        seed=shop.recipe.seed,
+        conditions={} if work.needs == "nothing" else conditions(shop.settings),
+    )
+    entry: dict[str, Any] = {"id": stage.step.id, "use": work.name, "figures": {}}
+    run = Run(
+        seed=shop.recipe.seed,
+        device=shop.settings.device,
+        threads=shop.settings.threads,
+        inputs={name: value.checkpoint if isinstance(value, State) else value for name, value in given.items()},
+        texts=texts,
+        progress=shop.progress,
+        report=lambda tensor, figures: entry["figures"].__setitem__(tensor, dict(figures)),
+        **_amount(shop.recipe),
+    )
+
+    def make(scratch: Path | None) -> Checkpoint:
+        after = work.apply(before, replace(run, scratch=scratch))
+        work.ensures(before, after)
+        return after
+
+    if stage.streamed:
+        after, how = make(None), "streamed"
+    else:
+        after, how, entry = shop.store.get_or_make(key, before, make, about=entry)
+        if shop.settings.keep_stages:
+            shop.store.pin(key)
+    entry |= {"state": how, "key": key}
+    return State(_recorded(before, after, work), key, (*state.log, entry))
+
+
+def first_state(checkpoint: Checkpoint) -> State:
+    """A checkpoint as it was opened."""
+    return State(checkpoint, source_key(checkpoint))
+
+
+def conditions(settings: Settings) -> dict[str, Any]:
+    """What the bytes of calibrated and trained passes depend on beside their inputs."""
+    import torch
+
+    return {
+        "device": settings.device,
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "threads": settings.threads,
+        "torch": torch.__version__,
+    }
+
+
+def _recorded(before: Checkpoint, after: Checkpoint, work: Pass) -> Checkpoint:
+    """The result with this pass in its history; what the pass itself noted there stays."""
+    entry = {**work.to_json(), "makes": sorted(work.makes)}
+    return after.replace(history=(*before.history, entry, *after.history[len(before.history) :]))
+
+
+def _inputs(step: Step, shop: Workshop) -> dict[str, Any]:
+    """Named inputs: a State of this build, a State of another checkpoint, or the text of a file.
+
+    Raises:
+        UsageError: neither an id that came before nor a path.
+    """
+    found: dict[str, Any] = {}
+    for name, word in step.inputs.items():
+        path = Path(shop.recipe.path(word))
+        if word in shop.results:
+            found[name] = shop.results[word]
+        elif path.is_file() and path.suffix.lower() != ".gguf":
+            found[name] = path.read_text(encoding="utf-8")
+        elif path.exists():
+            from tightship.opening import open_checkpoint
+
+            found[name] = first_state(open_checkpoint(path, progress=shop.progress))
+        else:
+            raise UsageError(
+                f"passes {step.id}: input {name}: {word!r} is neither an earlier result nor a path"
+                f"{did_you_mean(word, shop.results)}",
+                hint=f"earlier results: {', '.join(shop.results)}",
+            )
+    return found
+
+
+def _texts(recipe: Recipe) -> tuple[str, ...]:
+    """Calibration documents; none where the model writes its own.
+
+    Raises:
+        UsageError: the recipe names no calibration text, or a file that is not there.
+    """
+    from tightship.texts import read_documents
+
+    if recipe.calibration is None:
+        raise UsageError(
+            "a calibrated pass needs text", hint="--calibration FILE, or --calibration self for text the model makes"
+        )
+    return () if recipe.calibration.text == SELF else read_documents(recipe.path(recipe.calibration.text))
+
+
+def _amount(recipe: Recipe) -> dict[str, int]:
+    calibration = recipe.calibration
+    return {"tokens": calibration.tokens, "sequence": calibration.sequence} if calibration else {}
+
+
+def _digests(given: Mapping[str, Any], texts: Sequence[str], recipe: Recipe, needs: str) -> dict[str, str]:
+    """Digests of what a pass is given beside its checkpoint."""
+    found = {name: value.key if isinstance(value, State) else _sha256(value) for name, value in given.items()}
+    if needs == "calibration":
+        amount = " ".join(f"{key}={value}" for key, value in _amount(recipe).items())
+        found["calibration"] = f"{_sha256(chr(0).join(texts))} {amount}"
+    return found
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
