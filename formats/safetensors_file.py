@@ -214,7 +214,7 @@ class SafetensorsWriter:
             raise ValueError(
                 f"{due} {spec.dtype.name} {spec.shape} is due, got {name} {of_array(array).name} {array.shape}"
             )
-        self._put(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+        self._put(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         self._next += 1
 
     def _put(self, data: bytes | memoryview) -> None:
@@ -222,6 +222,12 @@ class SafetensorsWriter:
             raise ValueError("the writer is used outside its `with` block")
         self._hash.update(data)
         self._file.write(data)
+
+
+def file_size(specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None) -> int:
+    """Bytes of the file that `SafetensorsWriter` makes of these tensors."""
+    order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+    return len(_header_bytes(order, specs, metadata or {})) + sum(spec.nbytes for spec in specs.values())
 
 
 def _header_bytes(order: Iterable[str], specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> bytes:
