@@ -156,7 +156,12 @@ def _environment(directory: Path, limits: Limits) -> dict[str, str]:
     kept = {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ}
     home = str(directory / "home")
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(limits.threads))
-    quiet = {"PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    quiet = {
+        "PYTHONHASHSEED": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "GGML_NO_BACKTRACE": "1",
+    }
     return {**kept, **threads, **quiet, **dict.fromkeys(_OFFLINE, "1"), "HOME": home, "HF_HOME": home}
 
 

@@ -56,7 +56,7 @@ def run(job: dict[str, Any], arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
     want = job.get("want", "outputs")
     about = {"version": f"cyllama {_version()}, ggml {library.ggml_version()}"}
     if want in ("tokenize", "vocab"):
-        model = _load(path, vocab_only=True)
+        model = _load(path)  # whole: with vocab_only, llama.cpp aborts on its own missing hyper-parameters
         return about | (_tokenize(model, job) if want == "tokenize" else _vocabulary(model, path)), {}
     widen = job.get("mode", "shipped") == "graph"
     with tempfile.TemporaryDirectory() if widen else nullcontext("") as directory:
@@ -75,7 +75,7 @@ def _version() -> str:
     return version("cyllama")
 
 
-def _load(path: Path, *, vocab_only: bool = False) -> LlamaModel:
+def _load(path: Path) -> LlamaModel:
     import cyllama.llama.llama_cpp as library
 
     class Model(library.LlamaModel):
@@ -86,7 +86,6 @@ def _load(path: Path, *, vocab_only: bool = False) -> LlamaModel:
             return self.get_vocab().n_vocab
 
     params = library.LlamaModelParams()
-    params.vocab_only = vocab_only
     params.n_gpu_layers = 0
     params.use_extra_bufts = False
     params.check_tensors = True

@@ -1,0 +1,59 @@
+"""What a published file holds under a checkpoint's name: the view that values and structure are proven on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from tightship.checkpoint import Checkpoint
+from tightship.errors import UsageError
+from tightship.target import Exported, TargetPlan
+from tightship.validators.integers import Piece
+
+
+class Stored(Protocol):
+    """The tensors of one artifact, read from its files and from nothing else.
+
+    Names are those of the checkpoint; `part` is "" or, where a weight is stored as several matrices, `.left`, `.right`,
+    `.base`, `.residual.left` or `.residual.right`.
+    """
+
+    def listing(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Every stored tensor under its name in the file: the container's type word, and its shape."""
+
+    def value(self, name: str, part: str = "") -> np.ndarray:
+        """float32 in the checkpoint's orientation and order of rows, decoded by code that is not ours, shift included.
+
+        Raises:
+            Malformed: the file has no such tensor, or it cannot be decoded.
+        """
+
+    def shift(self, name: str) -> float:
+        """What the container adds to this tensor (Gemma's norms in GGUF hold 1 + w)."""
+
+    def integers(self, name: str, part: str = "") -> Iterator[Piece] | None:
+        """Codes and parameters, unpacked by our own code, rows in the checkpoint's order; None for floats."""
+
+
+def open_stored(checkpoint: Checkpoint, plan: TargetPlan, directory: Path, exported: Exported) -> Stored:
+    """The view of an artifact that was exported from `checkpoint` by `plan`.
+
+    Raises:
+        UsageError: no such container.
+    """
+    if plan.target.container == "gguf":
+        from tightship.validators.stored_gguf import GgufStored
+
+        return GgufStored(checkpoint, plan, [directory / f for f in exported.files if f.endswith(".gguf")])
+    if plan.target.container == "onnx":
+        from tightship.validators.stored_onnx import OnnxStored
+
+        return OnnxStored(checkpoint, directory / exported.main)
+    if plan.target.container == "safetensors":
+        from tightship.validators.stored_safetensors import SafetensorsStored
+
+        return SafetensorsStored(checkpoint, plan, directory)
+    raise UsageError(f"container {plan.target.container!r} has no proof")

@@ -1,0 +1,89 @@
+"""GGUF tensors by gguf's own reader and decoders, turned back into the checkpoint's terms.
+
+What GGUF does to a tensor is undone here by definitions of its own:
+
+| word           | in the file                                                                                   |
+|----------------|-----------------------------------------------------------------------------------------------|
+| rope_permute_q | rows of each head interleaved: stored row 2j + i is row i * d/2 + j, d the head dimension      |
+| rope_permute_k | the same with the key heads                                                                    |
+| plus_one       | one added (Gemma's norms)                                                                      |
+| experts        | one stack (experts, out, in) for all experts of a block                                        |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFReader, dequantize
+
+from tightship.checkpoint import Checkpoint
+from tightship.errors import Malformed
+from tightship.formats.packings.ggml import FLOAT_TYPES, unpack_ggml
+from tightship.target import TargetPlan
+from tightship.validators.integers import Piece, pieces_of
+
+
+class GgufStored:
+    """See `stored.Stored`. `files` are the shards of one model."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: TargetPlan, files: Sequence[Path]) -> None:
+        self.checkpoint = checkpoint
+        self.infos = checkpoint.infos()
+        self.stored_as = {tensor.name: tensor.stored_as for tensor in plan.tensors}
+        self._readers = [GGUFReader(path) for path in files]
+        self.tensors = {tensor.name: tensor for reader in self._readers for tensor in reader.tensors}
+
+    def listing(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        return {name: (t.tensor_type.name, tuple(int(n) for n in t.shape[::-1])) for name, t in self.tensors.items()}
+
+    def value(self, name: str, part: str = "") -> np.ndarray:
+        tensor = self._tensor(name, part)
+        found = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+        found = found[self._expert(name)]
+        rows = self._rows(name, found.shape)
+        return found if rows is None else found[rows]
+
+    def shift(self, name: str) -> float:
+        return 1.0 if self._transform(name) == "plus_one" else 0.0
+
+    def integers(self, name: str, part: str = "") -> Iterator[Piece] | None:
+        tensor = self._tensor(name, part)
+        kind = tensor.tensor_type.name
+        if kind in FLOAT_TYPES or (kind.startswith("I") and not kind.startswith("IQ")):
+            return None
+        data = np.asarray(tensor.data)[self._expert(name)]
+        layout, arrays = unpack_ggml(kind, np.ascontiguousarray(data), int(tensor.shape[0]))
+        rows = self._rows(name, (len(data), int(tensor.shape[0])))
+        return pieces_of(layout, arrays if rows is None else {key: array[rows] for key, array in arrays.items()})
+
+    def _tensor(self, name: str, part: str) -> Any:
+        stored = self.stored_as.get(name)
+        tensor = self.tensors.get(f"{stored}{part}")
+        if tensor is None:
+            raise Malformed(f"the GGUF file has no tensor {stored}{part}", tensor=name)
+        return tensor
+
+    def _transform(self, name: str) -> str | None:
+        info = self.infos.get(name)
+        return info.rule.transform if info else None
+
+    def _expert(self, name: str) -> Any:
+        info = self.infos.get(name)
+        return Ellipsis if info is None or info.expert is None else info.expert
+
+    def _rows(self, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
+        """Stored row of each row of the checkpoint, or None where the order is kept."""
+        transform = self._transform(name)
+        if transform in (None, "plus_one"):
+            return None
+        if transform not in ("rope_permute_q", "rope_permute_k"):
+            raise Malformed(f"the proof does not know the transform {transform!r}", tensor=name)
+        heads = int(self.checkpoint.hyper["heads" if transform == "rope_permute_q" else "kv_heads"])
+        size = shape[0] // heads
+        row = np.arange(shape[0])
+        head, inside = row // size, row % size
+        half, pair = inside // (size // 2), inside % (size // 2)
+        return head * size + 2 * pair + half

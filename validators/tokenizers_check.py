@@ -1,0 +1,252 @@
+"""Does the artifact cut text into the same ids? Metadata id by id, then real strings through both tokenizers.
+
+The expectation is derived here from `tokenizer.json` alone, apart from the exporter's code.
+
+| tokenizer.json model     | GGUF model | piece stored                          | scores          | merges        |
+|--------------------------|------------|---------------------------------------|-----------------|---------------|
+| BPE, byte level          | gpt2       | as it is                              | -               | rank by rank  |
+| BPE, byte fallback       | llama      | as it is                              | order of merges | -             |
+| Unigram                  | t5, llama  | as it is                              | as they are     | -             |
+| WordPiece                | bert       | `##x` as `x`, word starts behind `▁`  | -               | -             |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from tightship.checkpoint import Checkpoint
+from tightship.report import Check, judge, not_run
+from tightship.validators.runtimes.child import Limits, RuntimeDied, RuntimeMissing, run_child
+
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+_WORD_START = "\u2581"
+_SHOWN = 60
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """One entry per id; `types` are llama.cpp's token types; `scores` and `merges` are None where not stored."""
+
+    model: str
+    pieces: list[str]
+    types: list[int]
+    scores: list[float] | None
+    merges: list[str] | None
+
+
+def file_checks(checkpoint: Checkpoint, target: str, directory: Path) -> list[Check]:
+    """Tokenizer files beside ONNX and safetensors must be the source's, byte for byte."""
+    names = [name for name in FILES if name in checkpoint.files]
+    if not names:
+        return [_no_tokenizer(target)]
+    wrong = [n for n in names if not _same_bytes(directory / n, checkpoint.files[n])]
+    reason = f"{wrong[0]} is missing or differs from the source's" if wrong else None
+    return [_count(target, "reader", "changed_files", len(wrong), reason, {"files": len(names)})]
+
+
+def gguf_checks(
+    checkpoint: Checkpoint, target: str, artifact: Path, texts: Sequence[str], limits: Limits
+) -> list[Check]:
+    """Vocabulary, merges and encodings of a GGUF file against the source's tokenizer.json.
+
+    `texts` are encoded besides the shipped probe strings.
+    """
+    raw = checkpoint.files.get("tokenizer.json")
+    if raw is None:
+        if any(name in checkpoint.files for name in FILES):
+            return [_not_run(target, "the source has no tokenizer.json to compare with")]
+        return [_no_tokenizer(target)]
+    source = json.loads(raw)
+    stored = read_gguf_vocabulary(artifact)
+    expected = expected_vocabulary(source, stored.model, len(stored.pieces))
+    checks = list(_vocabulary_checks(target, expected, stored))
+    return [*checks, *encoding_checks(target, artifact, raw, [*probe_strings(), *texts], limits)]
+
+
+def probe_strings() -> list[str]:
+    """Strings of many scripts, whitespace, code, emoji and special tokens, as shipped."""
+    groups = json.loads((resources.files("tightship.validators") / "probe_strings.json").read_text("utf-8"))
+    return [text for group in groups.values() for text in group]
+
+
+def expected_vocabulary(source: Mapping[str, Any], gguf_model: str, size: int) -> Vocabulary:
+    """What a GGUF of `gguf_model` with `size` ids must say, from a parsed tokenizer.json.
+
+    Ids that tokenizer.json does not name (padding of the embedding) are expected to be unused.
+    """
+    model = source["model"]
+    by_id = _pieces_by_id(model)
+    added = {int(entry["id"]): entry for entry in source.get("added_tokens") or ()}
+    unknown = _unknown_id(model, by_id)
+    pieces, types = [], []
+    for index in range(size):
+        if index in added:
+            pieces.append(added[index]["content"])
+            types.append(CONTROL if added[index]["special"] else USER_DEFINED)
+        elif index in by_id:
+            pieces.append(_stored_piece(by_id[index], gguf_model))
+            types.append(NORMAL)
+        else:
+            pieces.append("")
+            types.append(UNUSED)
+        if gguf_model in ("llama", "t5"):
+            types[-1] = _sentencepiece_type(types[-1], pieces[-1], index == unknown)
+    scores = [float(entry[1]) for entry in model["vocab"]] if model.get("type") == "Unigram" else None
+    merges = [_merge(entry) for entry in model["merges"]] if gguf_model == "gpt2" else None
+    return Vocabulary(gguf_model, pieces, types, scores, merges)
+
+
+def read_gguf_vocabulary(artifact: Path) -> Vocabulary:
+    """The vocabulary as gguf's own reader finds it in the published file."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(artifact).fields
+
+    def contents(key: str) -> Any:
+        field = fields.get(f"tokenizer.ggml.{key}")
+        return None if field is None else field.contents()
+
+    return Vocabulary(
+        str(contents("model")),
+        list(contents("tokens") or ()),
+        list(contents("token_type") or ()),
+        contents("scores"),
+        contents("merges"),
+    )
+
+
+def encoding_checks(
+    target: str, artifact: Path, tokenizer_json: bytes, texts: Sequence[str], limits: Limits
+) -> list[Check]:
+    """Ids of `texts` by tokenizers and by llama.cpp, with and without the special tokens that frame a text."""
+    from tokenizers import Tokenizer
+
+    reference = Tokenizer.from_buffer(tokenizer_json)
+    reference.no_truncation()
+    reference.no_padding()
+    checks = []
+    for framed in (True, False):
+        job = {
+            "artifact": str(artifact.parent),
+            "main": artifact.name,
+            "want": "tokenize",
+            "texts": list(texts),
+            "add_special": framed,
+            "parse_special": True,
+        }
+        metric = "encoding_mismatches" if framed else "encoding_mismatches_unframed"
+        try:
+            answer, _ = run_child("llama_cpp", job, {}, limits=limits)
+        except RuntimeMissing as error:
+            return [*checks, _not_run(target, str(error), metric)]
+        except RuntimeDied as error:
+            return [*checks, _count(target, "llama.cpp", metric, None, str(error))]
+        expected = [e.ids for e in reference.encode_batch(list(texts), add_special_tokens=framed)]
+        checks.append(_compare_ids(target, metric, texts, expected, answer["ids"]))
+    return checks
+
+
+def _compare_ids(
+    target: str, metric: str, texts: Sequence[str], expected: Sequence[list[int]], found: Sequence[list[int]]
+) -> Check:
+    pairs = zip(texts, expected, found, strict=True)
+    wrong = [(text, want, got) for text, want, got in pairs if list(want) != list(got)]
+    reason = None
+    if wrong:
+        text, want, got = wrong[0]
+        at = next((i for i, (a, b) in enumerate(zip(want, got, strict=False)) if a != b), min(len(want), len(got)))
+        start = max(at - 2, 0)
+        reason = (
+            f"{text[:_SHOWN]!r}: from token {start}, tokenizers says {want[start : at + 4]}, "
+            f"llama.cpp {list(got[start : at + 4])}"
+        )
+    return _count(target, "llama.cpp", metric, len(wrong), reason, {"strings": len(texts)})
+
+
+def _vocabulary_checks(target: str, expected: Vocabulary, stored: Vocabulary) -> Iterator[Check]:
+    reasons = []
+    if len(stored.types) != len(stored.pieces):
+        reasons.append(f"{len(stored.pieces)} pieces but {len(stored.types)} token types")
+    for index, (want, kind) in enumerate(zip(expected.pieces, expected.types, strict=True)):
+        piece = stored.pieces[index]
+        found = stored.types[index] if index < len(stored.types) else None
+        if kind != UNUSED and piece != want:
+            reasons.append(f"id {index}: tokenizer.json says {want!r}, the GGUF {piece!r}")
+        elif found != kind:
+            reasons.append(f"id {index} ({piece!r}): token type {found}, expected {kind}")
+        elif expected.scores and index < len(expected.scores):
+            score = stored.scores[index] if stored.scores else None
+            if score is None or abs(score - expected.scores[index]) > 1e-6 * abs(expected.scores[index]):
+                reasons.append(f"id {index} ({piece!r}): score {score}, expected {expected.scores[index]}")
+    yield _count(target, "reader", "vocabulary_mismatches", len(reasons), next(iter(reasons), None))
+    if expected.merges is not None:
+        wrong = _list_differences(expected.merges, stored.merges or [])
+        reason = f"merge of rank {wrong[0]} differs" if wrong else None
+        yield _count(target, "reader", "merge_mismatches", len(wrong), reason, {"merges": len(expected.merges)})
+
+
+def _list_differences(expected: Sequence[str], found: Sequence[str]) -> list[int]:
+    shared = min(len(expected), len(found))
+    wrong = [i for i in range(shared) if expected[i] != found[i]]
+    return wrong + list(range(shared, max(len(expected), len(found))))
+
+
+def _pieces_by_id(model: Mapping[str, Any]) -> dict[int, str]:
+    vocab = model["vocab"]
+    if isinstance(vocab, list):
+        return {index: str(entry[0]) for index, entry in enumerate(vocab)}
+    return {int(index): piece for piece, index in vocab.items()}
+
+
+def _unknown_id(model: Mapping[str, Any], by_id: Mapping[int, str]) -> int | None:
+    if model.get("unk_id") is not None:
+        return int(model["unk_id"])
+    return next((i for i, piece in by_id.items() if piece == model.get("unk_token")), None)
+
+
+def _stored_piece(piece: str, gguf_model: str) -> str:
+    if gguf_model != "bert":
+        return piece
+    return piece[2:] if piece.startswith("##") else _WORD_START + piece
+
+
+def _sentencepiece_type(kind: int, piece: str, is_unknown: bool) -> int:
+    if is_unknown:
+        return UNKNOWN
+    is_byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+    return BYTE if is_byte and kind == NORMAL else kind
+
+
+def _merge(entry: str | Sequence[str]) -> str:
+    return entry if isinstance(entry, str) else " ".join(entry)
+
+
+def _same_bytes(path: Path, expected: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == expected
+
+
+def _no_tokenizer(target: str) -> Check:
+    note = {"note": "the source has no tokenizer; the proof runs on random ids"}
+    return judge(target=target, runtime="reader", kind="tokenizer", metric="tokenizer_files", value=0, extra=note)
+
+
+def _not_run(target: str, reason: str, metric: str = "encoding_mismatches") -> Check:
+    return not_run(target=target, runtime="llama.cpp", kind="tokenizer", metric=metric, reason=reason)
+
+
+def _count(  # noqa: PLR0917 - a row of the report
+    target: str, runtime: str, metric: str, value: int | None, reason: str | None, extra: dict[str, Any] | None = None
+) -> Check:
+    return judge(
+        target=target, runtime=runtime, kind="tokenizer", metric=metric, value=value, op="==", threshold=0,
+        source="contract", reason=reason, extra=extra,
+    )  # fmt: skip

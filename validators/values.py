@@ -1,0 +1,190 @@
+"""Stored values: every tensor of the published files, decoded by others, against the compressed checkpoint.
+
+Exact, element by element: float tensors must be the checkpoint's cast to the stored type, quantized ones its integers
+times its scales. What the file holds is never taken from memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tightship import dtypes
+from tightship.checkpoint import Checkpoint
+from tightship.errors import TightshipError
+from tightship.report import Check, judge
+from tightship.target import Progress, TargetPlan, TensorPlan, no_progress
+from tightship.validators import integers
+from tightship.validators.stored import Stored
+from tightship.validators.tolerances import tolerances
+from tightship.weights import Alias, Dense, Factored, Quantized, Sum, Weight
+
+_NAMED = 16
+
+
+@dataclass
+class ValuesProof:
+    """What was found.
+
+    Attributes:
+        checks: the verdicts.
+        sparsity: share of exact zeros among the linears of the blocks (all matrices where there are none).
+        digests: tensor name -> digest of integers and scales, read back from the file.
+    """
+
+    checks: list[Check] = field(default_factory=list)
+    sparsity: float = 0.0
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Tally:
+    """Running sums over the tensors of one artifact."""
+
+    stored: Stored
+    linears: set[str]
+    elements: int = 0
+    wrong: int = 0
+    non_finite: int = 0
+    largest: float = 0.0
+    zeros: int = 0
+    counted: int = 0
+    faults: dict[str, tuple[int, str]] = field(default_factory=dict)
+    poisoned: list[str] = field(default_factory=list)
+    moved: list[str] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+def prove_values(
+    checkpoint: Checkpoint, plan: TargetPlan, stored: Stored, progress: Progress = no_progress
+) -> ValuesProof:
+    """Compare every planned tensor. Whatever a file holds is a failed check that names the tensor, no exception."""
+    linears = {info.name for info in checkpoint.linears()} or {t.name for t in plan.tensors if len(t.shape) > 1}
+    tally = _Tally(stored, linears)
+    for index, tensor in enumerate(plan.tensors):
+        progress(f"values of {plan.target.id}", index, len(plan.tensors))
+        for part, weight in parts_of(checkpoint.weights[tensor.name]):
+            try:
+                _compare(tally, tensor, part, weight)
+            except TightshipError as error:
+                tally.faults[tensor.name] = (int(np.prod(tensor.shape)), str(error))
+    progress(f"values of {plan.target.id}", len(plan.tensors), len(plan.tensors))
+    checks = [*_value_checks(plan.target.id, tally), *_integer_checks(plan.target.id, tally)]
+    return ValuesProof(checks, tally.zeros / max(tally.counted, 1), tally.digests)
+
+
+def parts_of(weight: Weight, prefix: str = "") -> Iterator[tuple[str, Dense | Quantized]]:
+    """The matrices that a weight is stored as, with the suffix of each; an alias is stored elsewhere."""
+    if isinstance(weight, Factored):
+        yield from parts_of(weight.right, f"{prefix}.right")
+        yield from parts_of(weight.left, f"{prefix}.left")
+    elif isinstance(weight, Sum):
+        yield from parts_of(weight.base, f"{prefix}.base")
+        yield from parts_of(weight.residual, f"{prefix}.residual")
+    elif not isinstance(weight, Alias):
+        yield prefix, weight
+
+
+def expected_value(weight: Dense | Quantized, stored_type: str, shift: float = 0.0) -> np.ndarray:
+    """float32 of what must be stored: decoded codes, or floats cast to `stored_type` (nearest, ties to even).
+
+    `shift` is added in float32 before the cast (Gemma's norms in GGUF).
+    """
+    if isinstance(weight, Quantized):
+        return weight.value()
+    data = weight.read()
+    if shift:
+        data = data.astype(np.float32) + np.float32(shift)
+    if stored_type in dtypes.BY_NAME and dtypes.dtype(stored_type).is_float and dtypes.of_array(data).is_float:
+        with np.errstate(over="ignore"):
+            data = data.astype(dtypes.dtype(stored_type).numpy)
+    return data.astype(np.float32)
+
+
+def _compare(tally: _Tally, plan: TensorPlan, part: str, weight: Dense | Quantized) -> None:
+    found = tally.stored.value(plan.name, part)
+    expected = expected_value(weight, plan.layout, tally.stored.shift(plan.name))
+    tally.elements += expected.size
+    if plan.name in tally.linears:
+        tally.zeros += int(np.count_nonzero(found == 0))
+        tally.counted += found.size
+    bad = int(np.count_nonzero(~np.isfinite(found)))
+    if bad:
+        tally.non_finite += bad
+        tally.poisoned.append(plan.name)
+    wrong, reason, largest = difference(expected, found)
+    if wrong:
+        tally.wrong += wrong
+        tally.largest = max(tally.largest, largest)
+        tally.faults[plan.name] = (wrong, reason)
+    if isinstance(weight, Quantized):
+        read_back = tally.stored.integers(plan.name, part)
+        if read_back is None:
+            tally.faults.setdefault(plan.name, (expected.size, "is stored as floats, not as integers"))
+            return
+        tally.digests[plan.name + part] = integers.digest(read_back)
+        if tally.digests[plan.name + part] != integers.digest(integers.pieces_of(weight.layout, weight.read())):
+            tally.moved.append(plan.name)
+
+
+def difference(expected: np.ndarray, found: np.ndarray) -> tuple[int, str, float]:
+    """Elements that differ, a sentence about how, and the largest distance."""
+    if expected.shape != found.shape:
+        return expected.size, f"has shape {found.shape}, expected {expected.shape}", float("inf")
+    unequal = ~((expected == found) | (np.isnan(expected) & np.isnan(found)))
+    wrong = int(np.count_nonzero(unequal))
+    if not wrong:
+        return 0, "", 0.0
+    with np.errstate(invalid="ignore", over="ignore"):
+        largest = float(np.max(np.abs(expected - found)[unequal], initial=0.0))
+    how = f"{wrong} of {expected.size} elements differ, by up to {largest:.3g}"
+    if not found.any():
+        how += "; all that is stored are zeros"
+    elif expected.ndim == 2 and expected.shape[0] == expected.shape[1] and np.array_equal(expected.T, found):
+        how += "; it is stored transposed"
+    return wrong, how, largest
+
+
+def _value_checks(target: str, tally: _Tally) -> Iterator[Check]:
+    rules = tolerances().values
+    names = list(tally.faults)
+    figures = {"elements": tally.elements, "max_error": tally.largest}
+    for name in names[:_NAMED]:
+        wrong, reason = tally.faults[name]
+        yield rules["mismatches"].check(
+            target=target, runtime="reader", kind="values", value=wrong, tensor=name, reason=f"{name}: {reason}"
+        )
+    if len(names) != 1:
+        more = f"{len(names)} tensors differ, first {names[0]}" if names else None
+        total = sum(wrong for wrong, _ in tally.faults.values())
+        yield rules["mismatches"].check(
+            target=target, runtime="reader", kind="values", value=total, reason=more, extra=figures
+        )
+    yield rules["non_finite"].check(
+        target=target,
+        runtime="reader",
+        kind="values",
+        value=tally.non_finite,
+        tensor=tally.poisoned[0] if tally.poisoned else None,
+        reason=f"NaN or Inf in {', '.join(tally.poisoned[:4])}" if tally.poisoned else None,
+    )
+
+
+def _integer_checks(target: str, tally: _Tally) -> Iterator[Check]:
+    if not tally.digests:
+        return
+    yield judge(
+        target=target,
+        runtime="reader",
+        kind="values",
+        metric="integers",
+        value=len(tally.moved),
+        op="==",
+        threshold=0,
+        source="contract",
+        tensor=tally.moved[0] if tally.moved else None,
+        reason=f"integers or scales differ in {', '.join(tally.moved[:4])}" if tally.moved else None,
+        extra={"tensors": len(tally.digests), "sha256": integers.digest_all(tally.digests)},
+    )
