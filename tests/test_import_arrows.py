@@ -22,6 +22,8 @@ KNOWS_THE_ROOMS = {
     "api",
     "cli",
     "opening",
+    "stages",
+    "stage_codec",
     "store",
     "inspection",
     "recipe",
