@@ -79,7 +79,7 @@ def model_fields(checkpoint: Checkpoint, context: int | None = None) -> dict[str
     Raises:
         Unsupported: the family is not in GGUF, or a feature that its loader ignores.
     """
-    architecture, config, hyper = checkpoint.architecture, checkpoint.config, checkpoint.hyper
+    config, hyper = checkpoint.config, checkpoint.hyper
     gguf = gguf_section(checkpoint)
     length = _context(hyper, context)
     _check_features(checkpoint, gguf, length)
@@ -105,8 +105,8 @@ def model_fields(checkpoint: Checkpoint, context: int | None = None) -> dict[str
     if fields.get("attention.causal") == Field("bool", False):
         fields["pooling_type"] = Field("u32", _pooling(checkpoint.files))
     prefixed = {f"{gguf['arch']}.{key}": field for key, field in fields.items()}
-    if architecture.family == "bert" or "type_vocab" in hyper:
-        prefixed["tokenizer.ggml.token_type_count"] = Field("u32", hyper["type_vocab"])
+    if "token_types" in hyper:
+        prefixed["tokenizer.ggml.token_type_count"] = Field("u32", hyper["token_types"])
     return prefixed
 
 
@@ -151,6 +151,10 @@ def _check_features(checkpoint: Checkpoint, gguf: Mapping[str, Any], length: int
             f"attend to all {length}",
             hint=f"set the target's context to {window} (with: {{context: {window}}}), where the two are the same",
         )
+    for rule in gguf.get("requires", ()):
+        value = config.get(rule["key"])
+        if value is not None and value not in rule["allowed"]:
+            raise Unsupported(f"config {rule['key']} = {value!r} is not for GGUF: {rule['why']}")
     mapped = _mapped_keys(checkpoint)
     for key, neutral in _NEUTRAL.items():
         if key in config and key not in mapped and config[key] not in neutral:
