@@ -1,3 +1,4 @@
+# ruff: noqa: ARG001, ARG005  numba fixes the signatures of what it calls
 """Sixteen float32 side by side, as one value inside numba kernels: explicit SIMD with IEEE arithmetic.
 
 A block search is a chain of sums in a fixed order, so it cannot be vectorised along its block; it is vectorised across
@@ -60,7 +61,7 @@ def _splat(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
 
 
 @intrinsic
-def splat(typingctx: Any, scalar: Any) -> Any:  # noqa: ARG001
+def splat(typingctx: Any, scalar: Any) -> Any:
     """All lanes equal to a number (rounded to float32)."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -81,7 +82,7 @@ def _check_tile(tile: Any) -> bool:
 
 
 @intrinsic
-def load(typingctx: Any, tile: Any, row: Any) -> Any:  # noqa: ARG001
+def load(typingctx: Any, tile: Any, row: Any) -> Any:
     """Row `row` of a float32 (n, 16) array."""
     if not _check_tile(tile):
         return None
@@ -93,7 +94,7 @@ def load(typingctx: Any, tile: Any, row: Any) -> Any:  # noqa: ARG001
 
 
 @intrinsic
-def store(typingctx: Any, tile: Any, row: Any, value: Any) -> Any:  # noqa: ARG001
+def store(typingctx: Any, tile: Any, row: Any, value: Any) -> Any:
     """Write row `row` of a float32 (n, 16) array."""
     if not _check_tile(tile):
         return None
@@ -107,7 +108,7 @@ def store(typingctx: Any, tile: Any, row: Any, value: Any) -> Any:  # noqa: ARG0
 
 def _unary(emit: Any) -> Any:
     @intrinsic
-    def op(typingctx: Any, a: Any) -> Any:  # noqa: ARG001
+    def op(typingctx: Any, a: Any) -> Any:
         return lanes(lanes), lambda context, builder, signature, args: emit(builder, args[0])
 
     return op
@@ -115,7 +116,7 @@ def _unary(emit: Any) -> Any:
 
 def _binary(emit: Any, result: types.Type = lanes, operand: types.Type = lanes) -> Any:
     @intrinsic
-    def op(typingctx: Any, a: Any, b: Any) -> Any:  # noqa: ARG001
+    def op(typingctx: Any, a: Any, b: Any) -> Any:
         return result(operand, operand), lambda context, builder, signature, args: emit(builder, *args)
 
     return op
@@ -144,13 +145,13 @@ larger = _binary(lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
 
 
 @intrinsic
-def where(typingctx: Any, condition: Any, a: Any, b: Any) -> Any:  # noqa: ARG001
+def where(typingctx: Any, condition: Any, a: Any, b: Any) -> Any:
     """Lane by lane, `a` where the mask is set, else `b`."""
     return lanes(mask, lanes, lanes), lambda context, builder, signature, args: builder.select(*args)
 
 
 @intrinsic
-def some(typingctx: Any, condition: Any) -> Any:  # noqa: ARG001
+def some(typingctx: Any, condition: Any) -> Any:
     """True if any lane of the mask is set."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:

@@ -42,24 +42,20 @@ class _Minimum(GgmlLayout):
         """`quantize_row_q4_1_ref` without importance, `quantize_row_q4_1_impl` with it (or q5_1) of ggml-quants.c."""
         w = np.ascontiguousarray(w, np.float32)
         blocks = w.reshape(len(w) * self.blocks_per_row(w.shape[1]), self.width)
-        d, m, codes = np.empty(len(blocks), np.float32), np.empty(len(blocks), np.float32), np.empty(w.shape, np.uint8)
-        codes = codes.reshape(blocks.shape)
+        d, m = np.empty(len(blocks), np.float32), np.empty(len(blocks), np.float32)
+        codes = np.empty(blocks.shape, np.uint8)
         if importance is None:
             over_blocks(kernels.round_affine, len(blocks), blocks, blocks.view(np.int32), self.top, d, m, codes)
         else:
-            self._search(w, np.ascontiguousarray(importance, np.float32), context or Context(), d, m, codes)
+            kept = np.empty((len(blocks), 2), np.float32)
+            over_blocks(
+                kernels.search_affine, len(blocks), w.reshape(-1), np.ascontiguousarray(importance, np.float32),
+                w.shape[1] // self.width, row_mean_square(w, context or Context()), float(self.top),
+                affine_steps(-0.9, 0.05, 36, self.top), d, m, kept,
+            )  # fmt: skip
+            over_blocks(kernels.kept_codes, len(blocks), w.reshape(-1), kept, 0, self.top, codes)
         steps = {"d": to_half(d, self.name).reshape(len(w), -1), "m": to_half(m, self.name).reshape(len(w), -1)}
         return {"codes": codes.reshape(w.shape), **steps}
-
-    def _search(
-        self, w: np.ndarray, importance: np.ndarray, context: Context, d: np.ndarray, m: np.ndarray, codes: np.ndarray
-    ) -> None:
-        kept = np.empty((len(codes), 2), np.float32)
-        over_blocks(
-            kernels.search_affine, len(codes), w.reshape(-1), importance, w.shape[1] // self.width,
-            row_mean_square(w, context), float(self.top), affine_steps(-0.9, 0.05, 36, self.top), d, m, kept,
-        )  # fmt: skip
-        over_blocks(kernels.kept_codes, len(codes), w.reshape(-1), kept, 0, self.top, codes)
 
     def grid(self, params: Mapping[str, np.ndarray]) -> AffineGrid:
         d, m = (np.repeat(params[key].astype(np.float32), self.width, axis=1) for key in ("d", "m"))

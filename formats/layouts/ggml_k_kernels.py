@@ -8,7 +8,7 @@ it; `d` and `dmin` are float32 (B,), not yet rounded to float16; `scales`, `mins
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -33,26 +33,26 @@ from tightship.formats.layouts.ggml_search import (
 SUPER = 256
 
 
+class AffineSearch(NamedTuple):
+    """How Q2_K, Q4_K or Q5_K searches: sub-blocks of `entries`, codes 0..top, scales and mins 0..scale_top."""
+
+    entries: int
+    top: float
+    steps: np.ndarray
+    scale_top: float
+    scale_steps: np.ndarray
+    variance: float
+
+
 @njit(cache=True, nogil=True)
 def affine_blocks(
-    first: int,
-    last: int,
-    w: Any,
-    importance: Any,
-    period: int,
-    entries: int,
-    top: float,
-    steps: Any,
-    scale_top: float,
-    scale_steps: Any,
-    variance: float,
-    d: Any,
-    dmin: Any,
-    scales: Any,
-    mins: Any,
-    kept: Any,
+    first: int, last: int, w: Any, importance: Any, period: int, how: AffineSearch, steps: Any, scales: Any, kept: Any
 ) -> None:
-    """Q2_K, Q4_K, Q5_K. Without importance the weights are |x| (entries = 16) or rms + |x| (entries = 32)."""
+    """Q2_K, Q4_K, Q5_K: fills `steps` = (d, dmin), `scales` = (scales, mins) and `kept`.
+
+    Without importance the weights are |x| (sub-blocks of 16) or rms + |x| (of 32).
+    """
+    entries, (d, dmin), (scales, mins) = how.entries, steps, scales
     parts = SUPER // entries
     x, weights = np.empty((SUPER, 16), np.float32), np.empty((SUPER, 16), np.float32)
     scratch = np.empty((entries, 16), np.float32)
@@ -72,25 +72,25 @@ def affine_blocks(
         gather(w, block, last, SUPER, last, x)
         if not plain:
             gather(importance, block, last, SUPER, period, weights)
-            weigh(x, weights, SUPER, mean_square(x, 0, SUPER, variance))
+            weigh(x, weights, SUPER, mean_square(x, 0, SUPER, how.variance))
         for j in range(parts):
             at = j * entries
             if plain:
                 level = root(mean_square(x, at, entries, 1.0)) if entries == 32 else splat(0.0)
                 for i in range(at, at + entries):
                     store(weights, i, level + absolute(load(x, i)))
-            scale, minimum, f, b = affine(x, weights, scratch, at, entries, top, steps, plain and entries == 16)
+            scale, minimum, f, b = affine(x, weights, scratch, at, entries, how.top, how.steps, plain and entries == 16)
             store(found, j, scale)
             store(low, j, splat(0.0) - minimum)
             store(factor, j, f)
             store(base, j, b)
             store(mass, j, total(weights, at, entries))
         if plain:
-            store(ends, 0, _by_largest(found, scale_codes, parts, scale_top))
-            store(ends, 1, _by_largest(low, min_codes, parts, scale_top))
+            store(ends, 0, _by_largest(found, scale_codes, parts, how.scale_top))
+            store(ends, 1, _by_largest(low, min_codes, parts, how.scale_top))
         else:
-            store(ends, 0, positive(found, mass, scale_codes, parts, scale_top, scale_steps))
-            store(ends, 1, positive(low, mass, min_codes, parts, scale_top, scale_steps))
+            store(ends, 0, positive(found, mass, scale_codes, parts, how.scale_top, how.scale_steps))
+            store(ends, 1, positive(low, mass, min_codes, parts, how.scale_top, how.scale_steps))
         for lane in range(min(16, last - block)):
             d[block + lane], dmin[block + lane] = ends[0, lane], ends[1, lane]
             for j in range(parts):
@@ -244,8 +244,8 @@ def encode(
 ) -> None:
     """Final codes from the stored scales: nearest((x + dmin * min) / (d * scale)) within [low, high].
 
-    `d` and `dmin` are the float16 values as float32. A sub-block whose step came out 0 keeps the codes of the search, from
-    `kept` where that is not empty. `mins` may be empty (no minimum).
+    `d` and `dmin` are the float16 values as float32. A sub-block whose step came out 0 keeps the codes of the search,
+    from `kept` where that is not empty. `mins` may be empty (no minimum).
     """
     parts = scales.shape[1]
     entries = codes.shape[1] // parts

@@ -1,8 +1,9 @@
 # ruff: noqa: PLR0917  kernels take positional arguments only
 """Kernels of the GGML blocks without a search, and of the 32-weight blocks searched with importance.
 
-`w` is float32 (blocks, width) and `bits` the same memory as int32: magnitudes compare as integers, whose maximum LLVM may
-vectorise where a float's it may not. `codes` is (blocks, width), parameters are (blocks,). The searches take `w` flat.
+`w` is float32 (blocks, width) and `bits` the same memory as int32: magnitudes compare as integers, whose maximum LLVM
+may vectorise where a float's it may not. `codes` is (blocks, width), parameters are (blocks,). The searches take a
+flat `w`.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def round_symmetric(first: int, last: int, w: Any, bits: Any, low: int, d: Any, 
         least, largest = extremes(bits[block])
         peak = largest if largest > -least else least
         if largest == -least:
-            peak = first_of(x, largest)
+            peak = first_of(x, largest) if largest != 0 else np.float32(0)
         step = peak / np.float32(low)
         d[block] = step
         factor = inverse(step)

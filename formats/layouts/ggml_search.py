@@ -1,3 +1,4 @@
+# ruff: noqa: PLR0917  kernels take positional arguments only
 """The searches of ggml-quants.c for the scale (and minimum) of one block, sixteen blocks at a time.
 
 Arithmetic is the reference's: float32, sums in index order, no fused multiply-add; so the results are the same bits.

@@ -58,7 +58,7 @@ def group_scale(x: Any, w: Any, first: int) -> Any:
 def search(
     first: int, last: int, w: Any, importance: Any, period: int, parts: int, d: Any, scales: Any, factor: Any
 ) -> None:
-    """Blocks of `parts` groups of 32, flat `w`: `d` (blocks,) not yet rounded, `scales` int8 and `factor` (blocks, parts).
+    """Blocks of `parts` groups of 32, `w` flat: `d` (blocks,) not yet rounded, `scales`, `factor` (blocks, parts).
 
     `factor` maps a weight to the scale of `LEVELS`; it comes from the unrounded `d`, as the reference's.
     """

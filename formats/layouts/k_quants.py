@@ -17,7 +17,7 @@ The search is ggml-quants.c's, bit for bit: `quantize_row_*_ref` without importa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -29,8 +29,27 @@ from tightship.formats.threads import over_blocks
 from tightship.layout import AffineGrid, Arrays, Context
 
 NOTHING = np.empty(0, np.float32)
-NO_MINS = np.empty((0, 0), np.uint8)
-NO_CODES = np.empty((0, 0, 2), np.float32)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a search fills, for B blocks of S sub-blocks.
+
+    Attributes:
+        d: (B,) float32, not yet rounded.
+        dmin: (B,) float32, or empty.
+        scales: (B, S).
+        mins: (B, S), or empty.
+        kept: (B, S, 2) float32, see `ggml_search`; empty if the search wrote its codes itself.
+        codes: (B, 256).
+    """
+
+    d: np.ndarray
+    dmin: np.ndarray
+    scales: np.ndarray
+    mins: np.ndarray
+    kept: np.ndarray
+    codes: np.ndarray
 
 
 class _KQuant(GgmlLayout):
@@ -62,19 +81,40 @@ class _KQuant(GgmlLayout):
             result -= minimum[..., None]
         return result.reshape(rows, cols)
 
-    def _finish(self, w: np.ndarray, d: np.ndarray, dmin: np.ndarray, scales: np.ndarray, mins: np.ndarray,
-                kept: np.ndarray, codes: np.ndarray) -> Arrays:  # fmt: skip
-        """Round the steps to float16 and encode with what is stored."""
+    def fit(self, w: np.ndarray, importance: np.ndarray | None = None, context: Context | None = None) -> Arrays:  # noqa: ARG002
+        w = np.ascontiguousarray(w, np.float32)
+        weights = NOTHING if importance is None else np.ascontiguousarray(importance, np.float32)
+        found = self._search(w, weights, self.blocks_per_row(w.shape[1]))
         rows = len(w)
-        arrays: Arrays = {"codes": codes.reshape(w.shape), "scales": scales.reshape(rows, -1)}
-        for key, value in (("d", d), ("dmin", dmin)):
-            if len(value):
-                arrays[key] = to_half(value, self.name).reshape(rows, -1)
-        if len(mins):
-            arrays["mins"] = mins.reshape(rows, -1)
+        arrays: Arrays = {"codes": found.codes.reshape(w.shape), "scales": found.scales.reshape(rows, -1)}
+        arrays["d"] = to_half(found.d, self.name).reshape(rows, -1)
+        if len(found.dmin):
+            arrays["dmin"] = to_half(found.dmin, self.name).reshape(rows, -1)
+            arrays["mins"] = found.mins.reshape(rows, -1)
         stored = (arrays[key].astype(np.float32).reshape(-1) if key in arrays else NOTHING for key in ("d", "dmin"))
-        over_blocks(kernels.encode, len(d), w.reshape(-1), *stored, scales, mins, kept, self.low, self.high, codes)
+        over_blocks(
+            kernels.encode, len(found.d), w.reshape(-1), *stored, found.scales, found.mins, found.kept,
+            self.low, self.high, found.codes,
+        )  # fmt: skip
         return arrays
+
+    def _search(self, w: np.ndarray, importance: np.ndarray, per_row: int) -> _Found:
+        """Scales of `w`; `importance` is empty or (cols,)."""
+        raise NotImplementedError
+
+    def _room(self, blocks: int) -> _Found:
+        """Unfilled arrays for so many blocks."""
+        parts = self.width // self.sub
+        small = self.parameters["scales"][0]
+        minima = blocks if "dmin" in self.parameters else 0
+        return _Found(
+            d=np.empty(blocks, np.float32),
+            dmin=np.empty(minima, np.float32),
+            scales=np.empty((blocks, parts), small),
+            mins=np.empty((minima, parts), small),
+            kept=np.empty((blocks, parts, 2), np.float32),
+            codes=np.empty((blocks, self.width), self.code_dtype),
+        )
 
 
 class _Affine(_KQuant):
@@ -88,21 +128,17 @@ class _Affine(_KQuant):
     weighted: ClassVar[np.ndarray]
     variance: ClassVar[float]
 
-    def fit(self, w: np.ndarray, importance: np.ndarray | None = None, context: Context | None = None) -> Arrays:  # noqa: ARG002
-        w = np.ascontiguousarray(w, np.float32)
-        per_row = self.blocks_per_row(w.shape[1])
-        blocks, parts = len(w) * per_row, self.width // self.sub
-        d, dmin = np.empty(blocks, np.float32), np.empty(blocks, np.float32)
-        scales, mins = np.empty((blocks, parts), np.uint8), np.empty((blocks, parts), np.uint8)
-        kept = np.empty((blocks, parts, 2), np.float32)
-        weights = NOTHING if importance is None else np.ascontiguousarray(importance, np.float32)
-        steps = self.plain if importance is None else self.weighted
-        over_blocks(
-            kernels.affine_blocks, blocks, w.reshape(-1), weights, per_row, self.sub, float(self.high), steps,
-            float(self.scale_top), positive_steps(self.scale_top), self.variance, d, dmin, scales, mins, kept,
+    def _search(self, w: np.ndarray, importance: np.ndarray, per_row: int) -> _Found:
+        found = self._room(len(w) * per_row)
+        how = kernels.AffineSearch(
+            self.sub, float(self.high), self.weighted if len(importance) else self.plain,
+            float(self.scale_top), positive_steps(self.scale_top), self.variance,
         )  # fmt: skip
-        codes = np.empty((blocks, self.width), np.uint8)
-        return self._finish(w, d, dmin, scales, mins, kept, codes)
+        over_blocks(
+            kernels.affine_blocks, len(found.d), w.reshape(-1), importance, per_row, how,
+            (found.d, found.dmin), (found.scales, found.mins), found.kept,
+        )  # fmt: skip
+        return found
 
 
 @dataclass(frozen=True)
@@ -155,21 +191,6 @@ class _Symmetric(_KQuant):
     zero: ClassVar[bool] = True
     parameters: ClassVar[dict[str, tuple[type[np.generic], int]]] = {"d": (np.float16, 1), "scales": (np.int8, 16)}
 
-    def fit(self, w: np.ndarray, importance: np.ndarray | None = None, context: Context | None = None) -> Arrays:  # noqa: ARG002
-        w = np.ascontiguousarray(w, np.float32)
-        per_row = self.blocks_per_row(w.shape[1])
-        blocks = len(w) * per_row
-        d, scales = np.empty(blocks, np.float32), np.empty((blocks, 16), np.int8)
-        kept, codes = np.empty((blocks, 16, 2), np.float32), np.empty((blocks, self.width), np.int8)
-        weights = NOTHING if importance is None else np.ascontiguousarray(importance, np.float32)
-        kept = self._search(blocks, w.reshape(-1), weights, per_row, d, scales, kept, codes)
-        return self._finish(w, d, NOTHING, scales, NO_MINS, kept, codes)
-
-    def _search(self, blocks: int, w: np.ndarray, importance: np.ndarray, per_row: int, d: np.ndarray,
-                scales: np.ndarray, kept: np.ndarray, codes: np.ndarray) -> np.ndarray:  # fmt: skip
-        """Fill `d` and `scales`, and either `kept` (returned) or `codes`."""
-        raise NotImplementedError
-
 
 @dataclass(frozen=True)
 class Q3K(_Symmetric):
@@ -179,15 +200,16 @@ class Q3K(_Symmetric):
     low: ClassVar[int] = -4
     high: ClassVar[int] = 3
 
-    def _search(self, blocks: int, w: np.ndarray, importance: np.ndarray, per_row: int, d: np.ndarray,
-                scales: np.ndarray, kept: np.ndarray, codes: np.ndarray) -> np.ndarray:  # fmt: skip
+    def _search(self, w: np.ndarray, importance: np.ndarray, per_row: int) -> _Found:
+        found = self._room(len(w) * per_row)
         if not len(importance):
-            over_blocks(kernels.q3_blocks_plain, blocks, w, d, scales, codes)
-            return NO_CODES
+            over_blocks(kernels.q3_blocks_plain, len(found.d), w.reshape(-1), found.d, found.scales, found.codes)
+            return replace(found, kept=found.kept[:0])
         over_blocks(
-            kernels.q3_blocks, blocks, w, importance, per_row, signed_steps(4), signed_steps(32), d, scales, kept
-        )
-        return kept
+            kernels.q3_blocks, len(found.d), w.reshape(-1), importance, per_row, signed_steps(4), signed_steps(32),
+            found.d, found.scales, found.kept,
+        )  # fmt: skip
+        return found
 
 
 @dataclass(frozen=True)
@@ -198,9 +220,10 @@ class Q6K(_Symmetric):
     low: ClassVar[int] = -32
     high: ClassVar[int] = 31
 
-    def _search(self, blocks: int, w: np.ndarray, importance: np.ndarray, per_row: int, d: np.ndarray,
-                scales: np.ndarray, kept: np.ndarray, codes: np.ndarray) -> np.ndarray:  # fmt: skip
+    def _search(self, w: np.ndarray, importance: np.ndarray, per_row: int) -> _Found:
+        found = self._room(len(w) * per_row)
         over_blocks(
-            kernels.symmetric_blocks, blocks, w, importance, per_row, 32.0, signed_steps(32), 128.0, d, scales, kept
-        )
-        return kept
+            kernels.symmetric_blocks, len(found.d), w.reshape(-1), importance, per_row, 32.0, signed_steps(32), 128.0,
+            found.d, found.scales, found.kept,
+        )  # fmt: skip
+        return found

@@ -29,6 +29,7 @@ from tightship.layout import Arrays, Context, TableGrid
 LEVELS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 TABLE = np.concatenate([LEVELS, -LEVELS])
 LARGEST_UE4M3 = np.float32(448)
+LARGEST_GAPLESS = np.float32(240)  # GGML stores no scale between this one and 448
 
 
 class _Fp4(GgmlLayout):
@@ -102,8 +103,8 @@ class NVFP4(_Fp4):
 
     @classmethod
     def for_tensor(cls, magnitude: float) -> NVFP4:
-        """The layout whose largest group scale, 448, says the largest magnitude of the tensor."""
-        return cls(float(np.float32(magnitude) / (LARGEST_UE4M3 * LEVELS[-1]))) if magnitude > 0 else cls()
+        """The layout that says the largest magnitude of the tensor with the group scale 240."""
+        return cls(float(np.float32(magnitude) / (LARGEST_GAPLESS * LEVELS[-1]))) if magnitude > 0 else cls()
 
     def unit(self, scale: np.ndarray) -> np.ndarray:
         return ue4m3_values(scale) * float(np.float32(self.tensor_scale))

@@ -8,14 +8,14 @@
 | Q5_K | 176   | f16 d; f16 dmin; u8 scales[12]; u8 qh[32]; u8 qs[128]         |
 | Q6_K | 210   | u8 ql[128]; u8 qh[64]; i8 scales[16]; f16 d                   |
 
-Two-bit planes (Q2_K qs, the low bits of Q3_K, the high bits of Q6_K): of each 128 weights, byte l holds weights l, l + 32,
-l + 64, l + 96 from the low bits up. Four-bit planes (Q4_K, Q5_K): of each 64 weights, byte l holds l and l + 32. Q6_K ql: of
+Two-bit planes (Q2_K qs, the low bits of Q3_K, the high bits of Q6_K): of each 128 weights, byte l holds l, l + 32,
+l + 64, l + 96 from the low bits up. Four-bit planes (Q4_K, Q5_K): of each 64, byte l holds l and l + 32; Q6_K ql: of
 each 128, byte l < 64 holds l and l + 64. One-bit planes (Q3_K hmask, Q5_K qh): byte l, bit k is weight 32 k + l.
 
 Q2_K scales[j]: scale low, min high nibble. Q3_K scales: six bits of scale + 32; the low nibbles of 0..7 and 8..15 share
-bytes 0..7, the upper pairs of j are in byte 8 + j % 4 at bit 2 (j / 4). Q4_K and Q5_K scales: bytes 0..3 scales 0..3, bytes
-4..7 mins 0..3, bytes 8..11 the low nibbles of scale and min 4..7, whose upper pairs top bytes 0..7. Q3_K codes are stored
-+ 4 (hmask is the third bit), Q6_K codes + 32.
+bytes 0..7, the upper pair of j is in byte 8 + j % 4 at bit 2 (j / 4). Q4_K and Q5_K scales: bytes 0..3 scales 0..3,
+bytes 4..7 mins 0..3, bytes 8..11 the low nibbles of scale and min 4..7, whose upper pairs top bytes 0..7.
+Q3_K codes are stored + 4 (hmask is the third bit), Q6_K codes + 32.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@
 
 Trits are code + 1. TQ2_0: of each 128 weights, byte l of qs holds l, l + 32, l + 64, l + 96 from the low bits up.
 
-TQ1_0: byte = ceil(256 t / 243), t the trits as a base-3 number of five digits, first weight first; trit n comes back as the
-integer part of 3 * (byte * 3^n mod 256) / 256. qs[l], l < 32: weights l + 32 n; qs[32 + l], l < 16: 160 + l + 16 n; qh[l]:
-240 + l + 4 n, four trits and a zero.
+TQ1_0: byte = ceil(256 t / 243), t the trits as a base-3 number of five digits, first weight first; trit n comes back as
+the integer part of 3 * (byte * 3^n mod 256) / 256. qs[l], l < 32: weights l + 32 n; qs[32 + l], l < 16: 160 + l + 16 n;
+qh[l]: 240 + l + 4 n, four trits and a zero.
 """
 
 from __future__ import annotations
