@@ -55,5 +55,5 @@ def open_stored(checkpoint: Checkpoint, plan: TargetPlan, directory: Path, expor
     if plan.target.container == "safetensors":
         from tightship.validators.stored_safetensors import SafetensorsStored
 
-        return SafetensorsStored(checkpoint, plan, directory)
+        return SafetensorsStored(checkpoint, directory)
     raise UsageError(f"container {plan.target.container!r} has no proof")
