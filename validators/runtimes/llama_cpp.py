@@ -15,7 +15,8 @@ Job: `artifact` and `main` (the GGUF file), `threads`, `mode`, `want`:
 | vocab    | --                                     | pieces, types, scores, merges, special ids                       |
 
 `decode` (default 0): the last so many positions come from single-token steps through the cache. `pooling: mean | cls`
-(encoders) adds sentence_embedding (b, hidden). Positions that the mask leaves out are zero.
+(encoders) adds sentence_embedding (b, hidden); it is pooled here, since the wheel does not hand out llama.cpp's pooled
+row. Positions that the mask leaves out are zero.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Arrays = dict[str, np.ndarray]
 
 _F32 = 0  # ggml.h: GGML_TYPE_F32
 _FLASH_ATTENTION_OFF = 0  # llama.h: LLAMA_FLASH_ATTN_TYPE_DISABLED
-_POOLING = {"none": 0, "mean": 1, "cls": 2}  # llama.h: llama_pooling_type
+_POOLING_NONE = 0  # llama.h: LLAMA_POOLING_TYPE_NONE
 _CHUNK = 512
 
 
@@ -105,19 +106,19 @@ def _is_encoder(model: LlamaModel) -> bool:
         return False
 
 
-def _context(model: LlamaModel, job: dict[str, Any], length: int, pooling: str | None = None) -> LlamaContext:
+def _context(model: LlamaModel, job: dict[str, Any], length: int, *, encoder: bool = False) -> LlamaContext:
     import cyllama.llama.llama_cpp as library
 
     params = library.LlamaContextParams()
     params.n_ctx = length
-    params.n_batch = params.n_ubatch = length if pooling else min(length, _CHUNK)
+    params.n_batch = params.n_ubatch = length if encoder else min(length, _CHUNK)
     params.n_threads = params.n_threads_batch = int(job.get("threads", 1))
     if job.get("mode", "shipped") == "graph":
         params.flash_attn_type = _FLASH_ATTENTION_OFF
         params.type_k = params.type_v = _F32
-    if pooling:
+    if encoder:
         params.embeddings = True
-        params.pooling_type = _POOLING[pooling]
+        params.pooling_type = _POOLING_NONE
     return library.LlamaContext(model=model, params=params)
 
 
@@ -176,23 +177,16 @@ def _greedy(model: LlamaModel, job: dict[str, Any], prompt: np.ndarray) -> np.nd
 def _encode(model: LlamaModel, job: dict[str, Any], arrays: Arrays) -> Arrays:
     ids = arrays["input_ids"]
     out = {"last_hidden_state": np.zeros((*ids.shape, model.n_embd), np.float32)}
-    context = _context(model, job, ids.shape[1], "none")
+    context = _context(model, job, ids.shape[1], encoder=True)
     for row, kept in enumerate(_kept(arrays)):
         _step(context, ids[row, kept], 0)
         for place, position in enumerate(kept):
             out["last_hidden_state"][row, position] = context.get_embeddings_ith(place)
     if "pooling" in job:
-        pooled = _context(model, job, ids.shape[1], job["pooling"])
-        rows = []
-        for row, kept in enumerate(_kept(arrays)):
-            _step(pooled, ids[row, kept], 0)
-            rows.append(_pooled(pooled, model))
-        out["sentence_embedding"] = np.stack(rows)
+        hidden = out["last_hidden_state"]
+        rows = [hidden[row, kept] for row, kept in enumerate(_kept(arrays))]
+        out["sentence_embedding"] = np.stack([r.mean(0) if job["pooling"] == "mean" else r[0] for r in rows])
     return out
-
-
-def _pooled(context: LlamaContext, model: LlamaModel) -> np.ndarray:
-    return np.asarray(context.get_embeddings(), np.float32)[: model.n_embd]
 
 
 def _tokenize(model: LlamaModel, job: dict[str, Any]) -> dict[str, Any]:
