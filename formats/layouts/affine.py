@@ -25,6 +25,7 @@ import numpy as np
 from tightship.dtypes import dtype
 from tightship.errors import Malformed, Unsupported
 from tightship.formats.layouts import ggml_kernels as kernels
+from tightship.formats.layouts.affine_search import search
 from tightship.formats.layouts.ggml_base import row_mean_square
 from tightship.formats.layouts.ggml_search import signed_steps
 from tightship.formats.threads import over_blocks
@@ -85,11 +86,13 @@ class Affine(Layout):
     def fit(self, w: np.ndarray, importance: np.ndarray | None = None, context: Context | None = None) -> Arrays:
         """Round-to-nearest, or with importance the search of Q4_0 and Q5_0 (symmetric layouts below 8 bits).
 
-        Eight symmetric bits ignore the importance, as Q8_0 does; asymmetric layouts search the range.
+        Eight symmetric bits ignore the importance, as Q8_0 does. Asymmetric layouts fit the range, and with importance
+        search from there (`affine_search`).
         """
         w = np.ascontiguousarray(w, np.float32)
         if not self.symmetric:
-            return self._fit_asymmetric(self._blocks(w))
+            plain = self._fit_asymmetric(self._blocks(w))
+            return plain if importance is None else self._search_asymmetric(w, importance, plain)
         if importance is None or self.bits == 8:
             return self._fit_symmetric(w)
         return self._search_symmetric(w, importance, context or Context())
@@ -161,6 +164,19 @@ class Affine(Layout):
         ratio = np.divide(low, scale, out=np.zeros_like(low), where=scale != 0)
         zero = np.clip(np.rint(np.float32(self.lo) - ratio), self.lo, self.hi)
         return {"scale": stored, "zero_point": zero.astype(np.int8)}
+
+    def _search_asymmetric(self, w: np.ndarray, importance: np.ndarray, plain: Arrays) -> Arrays:
+        per_row = self.blocks_per_row(w.shape[1])
+        weights = np.asarray(importance, np.float64) if np.any(importance) else np.ones(w.shape[1])
+        scale = plain["scale"].astype(np.float64).reshape(-1)
+        zero = plain["zero_point"].astype(np.int32).reshape(-1) - self.lo
+        over_blocks(
+            search, len(scale), w.reshape(len(scale), -1), weights.reshape(per_row, -1), self.hi - self.lo,
+            11 - self.bits if self.bits < 8 else 11, scale, zero,
+        )  # fmt: skip
+        shape = plain["scale"].shape
+        zero_point = (zero + self.lo).astype(np.int8)
+        return {"scale": self._store(scale.reshape(shape)), "zero_point": zero_point.reshape(shape)}
 
     def _store(self, scale: np.ndarray) -> np.ndarray:
         target = dtype(self.scale_dtype)

@@ -29,7 +29,12 @@ from tightship.passes.quantize.cast import cast
 from tightship.suggest import did_you_mean
 from tightship.weights import Alias, Dense, Factored, Quantized, Stored, Sum, Weight
 
-_SOLVERS = {"rtn": "tightship.passes.quantize.rtn"}
+_SOLVERS = {
+    "rtn": "tightship.passes.quantize.rtn",
+    "importance": "tightship.passes.quantize.importance",
+    "gptq": "tightship.passes.quantize.gptq",
+}
+_SOLVER_OPTIONS = ("actorder", "damp")
 _INCLUDE = {"embeddings": ("embedding", "position"), "head": ("head",)}
 
 
@@ -50,18 +55,23 @@ class Solver(ABC):
 
     Class attributes:
         needs, revision, per_tensor: as of a pass.
+        options: which of `actorder` and `damp` it has.
     """
 
     needs: ClassVar[Needs] = "nothing"
     revision: ClassVar[int] = 1
     per_tensor: ClassVar[bool] = False
+    options: ClassVar[frozenset[str]] = frozenset()
 
-    def check(self, spec: Quantize) -> None:  # noqa: B027 - optional hook
+    def check(self, spec: Quantize) -> None:
         """Refuse options that this solver does not have.
 
         Raises:
             UsageError: naming the option.
         """
+        for option in _SOLVER_OPTIONS:
+            if getattr(spec, option) is not None and option not in self.options:
+                raise UsageError(f"quantize: solver {spec.solver} has no {option}", hint="gptq has")
 
     def check_matrix(self, name: str, matrix: Matrix) -> None:  # noqa: B027 - optional hook
         """Refuse a layout or shape that this solver cannot do.
@@ -79,7 +89,7 @@ class Solver(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize(Pass):
-    """See the module."""
+    """See the module. `actorder` (static activation order) and `damp` (share of the mean diagonal) belong to gptq."""
 
     name: ClassVar[str] = "quantize"
     makes: ClassVar[frozenset[str]] = frozenset({"grid"})
@@ -89,6 +99,8 @@ class Quantize(Pass):
     layout: str | None = None
     include: tuple[Literal["embeddings", "head"], ...] = ()
     layouts: Mapping[str, Any] = field(default_factory=dict)
+    actorder: bool | None = None
+    damp: float | None = None
 
     def __post_init__(self) -> None:
         if self.layout is None and not self.layouts:
@@ -96,6 +108,10 @@ class Quantize(Pass):
         if self.layout is not None:
             layout_of(self.layout)
         object.__setattr__(self, "layouts", {name: layout_of(word) for name, word in self.layouts.items()})
+        if self.damp is not None and not 0 < self.damp <= 1:
+            raise UsageError(
+                f"quantize: damp is a share of the mean diagonal, above 0 and at most 1; found {self.damp}"
+            )
         self.method.check(self)
 
     @property
