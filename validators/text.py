@@ -139,10 +139,15 @@ def padded(rows: Sequence[np.ndarray | Sequence[int]], pad: int) -> tuple[np.nda
     return ids, mask
 
 
-def mask_token(checkpoint: Checkpoint) -> int | None:
-    """The id of the token that hides others, as tokenizer_config.json and tokenizer.json say; None without one."""
+def mask_word(checkpoint: Checkpoint) -> str | None:
+    """The token that hides others as it is written in a text, as tokenizer_config.json says; None without one."""
     word = _json(checkpoint, "tokenizer_config.json").get("mask_token")
-    return _special_tokens(checkpoint).get(word.get("content") if isinstance(word, dict) else word)
+    return word.get("content") if isinstance(word, dict) else word
+
+
+def mask_token(checkpoint: Checkpoint) -> int | None:
+    """Its id, as tokenizer.json says."""
+    return _special_tokens(checkpoint).get(mask_word(checkpoint))
 
 
 def _special_tokens(checkpoint: Checkpoint) -> dict[str | None, int]:
