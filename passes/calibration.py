@@ -157,8 +157,8 @@ class _Kept:
     def load(self, checkpoint: Checkpoint) -> tuple[_Weights, _AllFigures] | None:
         if self._folder is None or not self._folder.exists():
             return None
-        figures = json.loads((self._folder / "stage.json").read_text())["figures"]
-        stage = load_stage(self._folder, checkpoint)
+        found = json.loads((self._folder / "stage.json").read_text())
+        figures, stage = found["figures"], load_stage(self._folder, found["body"], checkpoint)
         return {name: stage.resolve(name) for name in figures}, figures
 
     def save(self, checkpoint: Checkpoint, solved: _Weights, figures: _AllFigures) -> tuple[_Weights, _AllFigures]:

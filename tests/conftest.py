@@ -25,6 +25,11 @@ GROUPED = {**SIZES, "num_key_value_heads": 2}
 FAMILIES = {
     "llama": ("LlamaForCausalLM", GROUPED),
     "llama-tied": ("LlamaForCausalLM", {**GROUPED, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3ForCausalLM", {**GROUPED, "head_dim": 16}),
+    "mixtral": ("MixtralForCausalLM", {**GROUPED, "num_local_experts": 4}),
+    "gpt2": ("GPT2LMHeadModel", {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "bert": ("BertForMaskedLM", SIZES),
+    "bert-encoder": ("BertModel", SIZES),
 }
 
 

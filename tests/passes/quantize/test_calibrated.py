@@ -1,0 +1,180 @@
+"""Calibrated solvers on whole models; losses are measured again by hooks in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tightship.addresses import skeleton
+from tightship.checkpoint import Checkpoint
+from tightship.errors import UsageError
+from tightship.formats.layouts import parse_layout
+from tightship.modelview import ModelView
+from tightship.opening import open_checkpoint
+from tightship.passes.base import Run
+from tightship.passes.calibration import calibration_windows
+from tightship.passes.quantize import Quantize
+from tightship.weights import Dense, Factored, Quantized
+
+torch = pytest.importorskip("torch")
+
+EMBER = Path(__file__).parents[3] / "examples" / "ember"
+TEXT = "The old ship lay at anchor in the bay, and nobody on the shore could say whence she had come. " * 40
+Figures = dict[str, Mapping[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def ember() -> Checkpoint:
+    return open_checkpoint(EMBER)
+
+
+def run_with(figures: Figures, **changes: Any) -> Run:
+    settings = {"threads": 1, "texts": (TEXT,), "tokens": 1024, "sequence": 128}
+    return Run(**{**settings, "report": figures.__setitem__, **changes})
+
+
+def inputs(checkpoint: Checkpoint, windows: np.ndarray) -> dict[str, np.ndarray]:
+    """(tokens, in) float64 of every linear, from hooks on the whole model."""
+    module = ModelView(checkpoint, threads=1).module()
+    seen: dict[str, np.ndarray] = {}
+    for name, place in skeleton(checkpoint)[1].items():
+        owner = module.get_submodule(place.parameter.removesuffix(".weight"))
+        owner.register_forward_pre_hook(
+            lambda _, args, name=name: seen.__setitem__(name, args[0].reshape(-1, args[0].shape[-1]).double().numpy())
+        )
+    with torch.no_grad():
+        module(torch.from_numpy(windows))
+    return seen
+
+
+@pytest.mark.parametrize("solver", ["importance", "gptq"])
+def test_reported_losses_are_those_of_the_outputs(ember: Checkpoint, solver: str) -> None:
+    figures: Figures = {}
+    run = run_with(figures)
+    windows = np.stack(calibration_windows(ember, run))
+    result = Quantize(solver=solver, layout="int3-asym").apply(ember, run)
+    for block in (0, 1):
+        before = {i.name: result.weights[i.name] for i in ember.linears() if i.block < block}
+        seen = inputs(ember.with_weights(before), windows)
+        for info in ember.linears():
+            if info.block != block:
+                continue
+            w, q = (c.weights[info.name].value().astype(np.float64) for c in (ember, result))
+            x = seen[info.name]
+            assert figures[info.name]["tokens"] == len(x)
+            if solver == "gptq":
+                expected = ((x @ (q - w).T) ** 2).sum() / ((x @ w.T) ** 2).sum()
+            else:
+                expected = ((q - w) ** 2 @ (x**2).mean(axis=0)).sum() / (w**2 @ (x**2).mean(axis=0)).sum()
+            assert figures[info.name]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["int2-asym", "int4", "q4_k"])
+def test_error_feedback_beats_rounding_on_every_matrix(ember: Checkpoint, layout: str) -> None:
+    figures: Figures = {}
+    Quantize(solver="gptq", layout=layout).apply(ember, run_with(figures))
+    assert set(figures) == {info.name for info in ember.linears()}
+    for name, found in figures.items():
+        assert str(found["solver"]).startswith("gptq"), name
+        assert found["loss"] < found["loss_importance"], name
+        assert found["loss"] < found["loss_rtn"], name
+
+
+def test_every_family_can_be_solved(family: str, tiny: Callable[[str], Checkpoint]) -> None:
+    checkpoint = tiny(family)
+    figures: Figures = {}
+    windows = np.random.default_rng(0).integers(0, 96, (8, 32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tightship.passes.calibration.calibration_windows", lambda *_: list(windows))
+        result = Quantize(solver="gptq", layout="int4").apply(checkpoint, run_with(figures))
+    for info in checkpoint.linears():
+        weight = result.weights[info.name]
+        assert isinstance(weight, Quantized)
+        assert weight.layout == parse_layout("int4")
+        assert figures[info.name]["loss"] <= figures[info.name]["loss_rtn"]
+        experts = int(checkpoint.hyper.get("experts", 0))
+        assert experts or figures[info.name]["tokens"] == windows.size
+    assert ModelView(result).outputs(windows)
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(ember: Checkpoint, tmp_path: Path) -> None:
+    spec = Quantize(solver="gptq", layout="int4", actorder=True)
+    straight = spec.apply(ember, run_with({}))
+
+    def die(_what: str, done: int, _total: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        spec.apply(ember, run_with({}, scratch=tmp_path, progress=die))
+    assert [p.name for p in tmp_path.iterdir()] == ["block-00000"]
+    with pytest.MonkeyPatch.context() as patch:
+        solved: list[str] = []
+        gptq = type(spec.method)
+        original = gptq.matrix
+        patch.setattr(
+            gptq, "matrix", lambda self, s, name, *a, **k: [solved.append(name), original(self, s, name, *a, **k)][1]
+        )
+        figures: Figures = {}
+        resumed = spec.apply(ember, run_with(figures, scratch=tmp_path))
+    assert len(figures) == len(ember.linears())
+    assert set(solved) == {info.name for info in ember.linears() if info.block == 1}
+    for info in ember.linears():
+        a, b = (c.weights[info.name].read() for c in (straight, resumed))
+        assert a.keys() == b.keys()
+        for key, array in a.items():
+            np.testing.assert_array_equal(array, b[key])
+
+
+def test_factors_are_solved_one_after_the_other(ember: Checkpoint) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    left, s, right = np.linalg.svd(ember.weights[name].value(), full_matrices=False)
+    rank = 64
+    factored = Factored(
+        Dense.of((left[:, :rank] * s[:rank]).astype(np.float32)), Dense.of(right[:rank].astype(np.float32))
+    )
+    figures: Figures = {}
+    result = Quantize(solver="gptq", layouts={name: "int4"}).apply(
+        ember.with_weights({name: factored}), run_with(figures)
+    )
+    found = result.weights[name]
+    assert isinstance(found, Factored)
+    assert isinstance(found.left, Quantized)
+    assert isinstance(found.right, Quantized)
+    for side in ("left", "right"):
+        assert figures[name][f"{side}_loss"] < figures[name][f"{side}_loss_rtn"]
+
+
+def test_what_lies_outside_the_blocks_is_rounded_and_reported(ember: Checkpoint) -> None:
+    figures: Figures = {}
+    spec = Quantize(solver="gptq", layout="int4", include=("embeddings",))
+    result = spec.apply(ember, run_with(figures))
+    name = "model.embed_tokens.weight"
+    assert figures[name]["solver"] == "rtn"
+    expected = parse_layout("int4").quantize(ember.weights[name].value())
+    for key, array in result.weights[name].read().items():
+        np.testing.assert_array_equal(array, expected[key])
+
+
+def test_pruned_weights_stay_pruned(ember: Checkpoint) -> None:
+    zeros = {}
+    for info in ember.linears():
+        w = ember.weights[info.name].value().copy()
+        w[np.abs(w) < np.quantile(np.abs(w), 0.6)] = 0
+        zeros[info.name] = Dense.of(w)
+    pruned = ember.with_weights(zeros).replace(history=({"use": "prune", "makes": ["mask"]},))
+    result = Quantize(solver="gptq", layout="int4-asym", actorder=False).apply(pruned, run_with({}))
+    for info in ember.linears():
+        assert not result.weights[info.name].value()[zeros[info.name].value() == 0].any(), info.name
+
+
+def test_options_belong_to_their_solver() -> None:
+    for options in ({"actorder": True}, {"damp": 0.1}):
+        with pytest.raises(UsageError, match=next(iter(options))):
+            Quantize(solver="importance", layout="int4", **options)
+    with pytest.raises(UsageError, match="at most 1"):
+        Quantize(solver="gptq", layout="int4", damp=2.0)
