@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +55,7 @@ class _Tally:
     faults: dict[str, tuple[int, str]] = field(default_factory=dict)
     poisoned: list[str] = field(default_factory=list)
     moved: list[str] = field(default_factory=list)
+    computed: list[str] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
 
 
@@ -65,7 +67,10 @@ def prove_values(
     tally = _Tally(stored, linears)
     for index, tensor in enumerate(plan.tensors):
         progress(f"values of {plan.target.id}", index, len(plan.tensors))
-        for part, weight in parts_of(checkpoint.weights[tensor.name]):
+        if tensor.name not in checkpoint.weights:  # computed from the config (rotary factors): the graph proves it
+            tally.computed.append(tensor.name)
+            continue
+        for part, weight in parts_of(checkpoint.resolve(tensor.name)):
             try:
                 _compare(tally, tensor, part, weight)
             except TightshipError as error:
@@ -150,7 +155,9 @@ def difference(expected: np.ndarray, found: np.ndarray) -> tuple[int, str, float
 def _value_checks(target: str, tally: _Tally) -> Iterator[Check]:
     rules = tolerances().values
     names = list(tally.faults)
-    figures = {"elements": tally.elements, "max_error": tally.largest}
+    figures: dict[str, Any] = {"elements": tally.elements, "max_error": tally.largest}
+    if tally.computed:
+        figures |= {"computed": tally.computed}
     for name in names[:_NAMED]:
         wrong, reason = tally.faults[name]
         yield rules["mismatches"].check(

@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -115,7 +115,8 @@ def run_child(
             raise RuntimeMissing(f"{name} did not run: {result['missing']}")
         if "raised" in result:
             raise RuntimeDied(f"{name} failed: {result['raised']}", log=log, tensor=result.get("tensor"))
-        return result["ok"], _load_arrays(directory / "out", result["arrays"])
+        # Mapped, not read: the files are unlinked below, and the pages stay until the arrays are let go.
+        return result["ok"], _load_arrays(directory / "out", result["arrays"], "r")
 
 
 def _write_job(
@@ -181,8 +182,8 @@ def _save_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
         np.save(folder / f"{key}.npy", array, allow_pickle=False)
 
 
-def _load_arrays(folder: Path, names: list[str]) -> Arrays:
-    return {key: np.load(folder / f"{key}.npy", allow_pickle=False) for key in names}
+def _load_arrays(folder: Path, names: list[str], mode: Literal["r"] | None = None) -> Arrays:
+    return {key: np.load(folder / f"{key}.npy", mmap_mode=mode, allow_pickle=False) for key in names}
 
 
 def _limit_self(limits: Mapping[str, Any]) -> None:

@@ -1,0 +1,168 @@
+"""Does an artifact compute what the compressed checkpoint computes? One run of one runtime, compared and judged.
+
+| container   | run                                           | kind    | what an error means                       |
+|-------------|-----------------------------------------------|---------|-------------------------------------------|
+| gguf        | llama.cpp on the widened file                 | graph   | names, permutations, metadata             |
+| gguf        | llama.cpp as shipped                          | runtime | its own rounding of activations and cache |
+| onnx        | ONNX Runtime, optimisations off               | graph   | the graph                                 |
+| onnx        | the same, token by token through the cache    | graph   | the cache                                 |
+| onnx        | ONNX Runtime as shipped                       | runtime | fusions, accuracy level 4                 |
+| onnx        | onnxruntime-genai (decoders)                  | runtime | its config, its cache                     |
+| safetensors | transformers, float32, activations left alone | graph   | names, packing, config.json               |
+| safetensors | transformers as shipped                       | runtime | its element type, activation quantization |
+| both others | ONNX Runtime on the reference graph, with the | graph   | the stored weights                        |
+|             | weights decoded from the published file       |         |                                           |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from tightship.checkpoint import Checkpoint
+from tightship.report import Check, judge, not_run
+from tightship.target import TargetPlan
+from tightship.validators.metrics import LogitMeter, compare_hidden
+from tightship.validators.references import Outputs
+from tightship.validators.runtimes.child import Limits, RuntimeDied, RuntimeMissing, run_child
+from tightship.validators.text import TextWindows
+from tightship.validators.tolerances import storage_of, tolerances
+
+# Figures of a comparison, under the names of the tolerances.
+_FIGURES = {"max_abs": "max_error"}
+_SHOWN = ("max_error", "cosine", "kl_mean", "top1", "positions")
+_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to run an artifact. `decode` asks for steps through the cache; `job` holds further keys."""
+
+    runtime: str
+    module: str
+    kind: Literal["graph", "runtime"]
+    decode: bool = False
+    decoders_only: bool = False
+
+    @property
+    def mode(self) -> str:
+        return "graph" if self.kind == "graph" else "shipped"
+
+
+RUNS: Mapping[str, tuple[Run, ...]] = {
+    "gguf": (Run("llama.cpp", "llama_cpp", "graph"), Run("llama.cpp", "llama_cpp", "runtime")),
+    "onnx": (
+        Run("onnxruntime", "onnx_runtime", "graph"),
+        Run("onnxruntime", "onnx_runtime", "graph", decode=True, decoders_only=True),
+        Run("onnxruntime", "onnx_runtime", "runtime"),
+        Run("onnxruntime-genai", "genai", "runtime", decoders_only=True),
+    ),
+    "safetensors": (
+        Run("transformers", "transformers_client", "graph"),
+        Run("transformers", "transformers_client", "runtime"),
+    ),
+}
+DECODED = Run("onnxruntime", "onnx_runtime", "graph")
+
+
+def runs_for(plan: TargetPlan, checkpoint: Checkpoint) -> list[Run]:
+    """The artifact's own runtimes, for the model's task."""
+    decoder = checkpoint.architecture.task == "text-generation"
+    return [run for run in RUNS[plan.target.container] if decoder or not run.decoders_only]
+
+
+def execute(
+    run: Run, directory: Path, main: str, windows: TextWindows, limits: Limits
+) -> tuple[Outputs, dict[str, Any]]:
+    """Outputs on the windows (the first one only for a run through the cache), and what the runtime says of itself.
+
+    Raises:
+        RuntimeDied, RuntimeMissing: see `run_child`.
+    """
+    rows = slice(0, 1) if run.decode else slice(None)
+    job = {"artifact": str(directory), "main": main, "mode": run.mode, "threads": limits.threads, "want": "outputs"}
+    if run.decode:
+        job["want"] = "decode"
+    elif run.module in ("llama_cpp", "genai"):
+        job["decode"] = _STEPS  # the last positions come from single steps through the cache
+    arrays = {"input_ids": windows.ids[rows]}
+    if run.module != "genai":
+        arrays["attention_mask"] = windows.mask[rows]
+    about, outputs = run_child(run.module, job, arrays, limits=limits)
+    return outputs, about
+
+
+def judged(run: Run, figures: Mapping[str, Any], target: str, storage: str, version: str | None) -> list[Check]:
+    """The run's checks of the figures of `compare`. `storage` is the word of `storage_word`."""
+    extra = {key: figures[key] for key in _SHOWN if key in figures} | {"version": version}
+    found = []
+    for metric, tolerance in tolerances().for_run(run.kind, run.runtime, storage).items():
+        value = figures.get(_FIGURES.get(metric, metric))
+        check = tolerance.check(target=target, runtime=run.runtime, kind=run.kind, value=value, extra=extra)
+        found.append(_through_cache(check) if run.decode else check)
+    return found
+
+
+def failed_run(run: Run, target: str, error: RuntimeDied | RuntimeMissing | ValueError) -> Check:
+    """The check of a run that gave no outputs, or none that can be compared."""
+    metric = "outputs_through_cache" if run.decode else "outputs"
+    if isinstance(error, RuntimeMissing):
+        return not_run(target=target, runtime=run.runtime, kind=run.kind, metric=metric, reason=str(error))
+    return judge(
+        target=target, runtime=run.runtime, kind=run.kind, metric=metric, value=None, reason=str(error),
+        tensor=getattr(error, "tensor", None), extra={"log": log} if (log := getattr(error, "log", "")) else None,
+    )  # fmt: skip
+
+
+def storage_word(plan: TargetPlan, checkpoint: Checkpoint, run: Run) -> str:
+    """The word under which `tolerances.toml` files this run."""
+    scheme = plan.target.scheme or ""
+    if run.runtime == "llama.cpp" and run.kind == "graph" and "gelu" in str(checkpoint.hyper.get("activation", "")):
+        return "gelu"
+    if checkpoint.activations or scheme.startswith(("int8-dynamic", "int8-static")):
+        return "activations"
+    return storage_of(plan)
+
+
+def compare(reference: Outputs, outputs: Outputs, windows: TextWindows) -> dict[str, Any]:
+    """Figures over all real positions. Of several outputs, those of the one that is farthest off.
+
+    Raises:
+        ValueError: no output in common, or shapes that differ.
+    """
+    rows = len(next(iter(outputs.values()))) if outputs else 0
+    mask = windows.mask[:rows].astype(bool)
+    found = []
+    for name in sorted(set(reference) & set(outputs)):
+        expected, got = reference[name][:rows], outputs[name]
+        if expected.shape != got.shape:
+            raise ValueError(f"{name} has shape {got.shape}, the compressed checkpoint's {expected.shape}")
+        if name == "last_hidden_state":
+            found.append(compare_hidden(expected, got, mask).figures())
+        else:
+            found.append(_logits(expected, got, mask))
+    if not found:
+        raise ValueError(f"the runtime gives {sorted(outputs)}, the compressed checkpoint {sorted(reference)}")
+    return max(found, key=lambda figures: math.inf if math.isnan(figures["rel_l2"]) else figures["rel_l2"])
+
+
+def _logits(expected: np.ndarray, got: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
+    meter = LogitMeter()
+    if expected.ndim == 2:  # one row of labels a sequence
+        meter.add(expected, got)
+    else:
+        for row, kept in enumerate(mask):
+            meter.add(expected[row, kept], got[row, kept])
+    figures = meter.result().figures()
+    return figures if not figures["non_finite"] else {**figures, "rel_l2": math.nan}
+
+
+def _through_cache(check: Check) -> Check:
+    metric = f"{check.metric}_through_cache"
+    return dataclasses.replace(check, metric=metric, id=f"{check.target}/{check.runtime}/{check.kind}/{metric}")

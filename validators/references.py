@@ -1,0 +1,117 @@
+"""What artifacts are measured against: the text, and the outputs of the original and of the compressed checkpoint."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from tightship.checkpoint import Checkpoint
+from tightship.modelview import ModelView
+from tightship.target import Progress, no_progress
+from tightship.texts import read_documents
+from tightship.validators.gates import Gates
+from tightship.validators.runtimes.child import Limits
+from tightship.validators.text import LENGTH, WINDOWS, TextWindows, proof_windows
+
+Outputs = Mapping[str, np.ndarray]
+
+# Outputs of one model on all windows; wide vocabularies get fewer windows.
+_OUTPUT_BYTES = 1 << 30
+_LINES = 256
+
+
+@dataclass(frozen=True)
+class ProofSettings:
+    """How a proof is made.
+
+    Attributes:
+        text: file to prove on, or None for what the model's task allows (self-generated, shipped, random).
+        gates: the recipe's budgets.
+        seed: of self-generated and random tokens.
+        threads: of every runtime.
+        windows, length: at most so many token windows, each at most so long.
+        seconds: wall time of one job of one runtime.
+        memory: bytes that one runtime may take, or None for the machine's.
+        scratch: directory for what the proof writes (reference graphs, exchange with runtimes), or None.
+        progress: called as progress(what, done, total).
+    """
+
+    text: Path | None = None
+    gates: Gates = field(default_factory=lambda: Gates({}))
+    seed: int = 0
+    threads: int = 1
+    windows: int = WINDOWS
+    length: int = LENGTH
+    seconds: float = 3600.0
+    memory: int | None = None
+    scratch: Path | None = None
+    progress: Progress = no_progress
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(seconds=self.seconds, memory=self.memory, threads=self.threads, scratch=self.scratch)
+
+
+class References:
+    """Windows and outputs of one original, made when first asked for and kept: one for all targets of a build.
+
+    `digests` collects, for each target without a scheme, the integers that its files hold, by tensor.
+    """
+
+    def __init__(self, original: Checkpoint, settings: ProofSettings) -> None:
+        self.original = original
+        self.settings = settings
+        self.digests: dict[str, dict[str, str]] = {}
+        self._view: ModelView | None = ModelView(original, threads=settings.threads)
+
+    @functools.cached_property
+    def windows(self) -> TextWindows:
+        """The tokens of every comparison."""
+        vocabulary = int(self.original.hyper.get("vocab", 1))
+        most = max(1, _OUTPUT_BYTES // (4 * self.settings.length * vocabulary))
+        return proof_windows(
+            self._view or ModelView(self.original),
+            text=self.settings.text,
+            windows=min(self.settings.windows, most),
+            length=self.settings.length,
+            seed=self.settings.seed,
+        )
+
+    @functools.cached_property
+    def outputs(self) -> Outputs:
+        """The original's outputs on the windows."""
+        windows = self.windows
+        self.settings.progress("outputs of the original", 0, 1)
+        view = self._view or ModelView(self.original, threads=self.settings.threads)
+        found = view.outputs(windows.ids, windows.mask)
+        self._view = None  # the module is no longer needed
+        return found
+
+    def logits(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """The original's logits for ids and mask (n, length) int64: what task metrics ask."""
+        if self._view is None:
+            self._view = ModelView(self.original, threads=self.settings.threads)
+        return self._view.outputs(ids, mask)["logits"]
+
+    def outputs_of(self, checkpoint: Checkpoint) -> Outputs:
+        """Outputs of a compressed checkpoint; the original's own where it is the original."""
+        if checkpoint is self.original:
+            return self.outputs
+        self.settings.progress("outputs of the compressed checkpoint", 0, 1)
+        view = ModelView(checkpoint, threads=self.settings.threads)
+        return view.outputs(self.windows.ids, self.windows.mask)
+
+    @functools.cached_property
+    def strings(self) -> list[str]:
+        """Lines of the text, for the proof of the tokenizer."""
+        if self.settings.text is None:
+            shipped = resources.files("tightship.validators") / "sentences.json"
+            return list(json.loads(shipped.read_text("utf-8")))
+        lines = (line for document in read_documents(self.settings.text) for line in document.splitlines())
+        return [line for line in lines if line.strip()][:_LINES]

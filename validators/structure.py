@@ -1,0 +1,221 @@
+"""Is everything there, and nothing else? Files, tensors, types, shapes, sizes, and the small files that runtimes read.
+
+Read with the containers' own packages. A fault is a failed check that names the tensor or the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tightship.checkpoint import Checkpoint
+from tightship.report import Check, judge
+from tightship.target import Exported, TargetPlan, TensorPlan, sorted_files, total_bytes
+from tightship.validators.stored import Stored
+
+Fault = tuple[str | None, str]  # tensor or None, and a sentence
+
+# GGUF key after the architecture -> hyper-parameter that it must equal.
+_GGUF_KEYS = {
+    "block_count": "layers",
+    "embedding_length": "hidden",
+    "feed_forward_length": "ffn",
+    "attention.head_count": "heads",
+    "attention.head_count_kv": "kv_heads",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+    "expert_count": "experts",
+}
+# Keys that exporters may write anew in config.json; every other key is the checkpoint's.
+_CONFIG_EDITED = frozenset(
+    {"dtype", "torch_dtype", "quantization_config", "rope_parameters", "rope_scaling", "rope_theta",
+     "rope_local_base_freq", "transformers.js_config"}
+)  # fmt: skip
+
+
+def structure_checks(
+    checkpoint: Checkpoint, plan: TargetPlan, directory: Path, exported: Exported, stored: Stored
+) -> list[Check]:
+    """Every structural check of one artifact."""
+    target = plan.target.id
+    groups = {
+        "files": list(_files(directory, exported)),
+        "tensors": list(_tensors(checkpoint, plan, stored)),
+        "config": list(_config(checkpoint, plan, directory, exported)),
+    }
+    return [*(_check(target, metric, faults) for metric, faults in groups.items()), _bytes(plan, directory, exported)]
+
+
+def unreadable(target: str, error: BaseException) -> Check:
+    """The check of an artifact that its own container's package cannot open."""
+    what = f"{type(error).__name__}: {error}"
+    return _check(target, "readable", [(getattr(error, "tensor", None), f"the artifact cannot be read: {what[:300]}")])
+
+
+def _check(target: str, metric: str, faults: list[Fault]) -> Check:
+    tensor, reason = faults[0] if faults else (None, None)
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return judge(
+        target=target,
+        runtime="reader",
+        kind="structure",
+        metric=metric,
+        value=len(faults),
+        op="==",
+        threshold=0,
+        source="contract",
+        reason=f"{reason}{more}" if reason else None,
+        tensor=tensor,
+    )
+
+
+def _files(directory: Path, exported: Exported) -> Iterator[Fault]:
+    present = sorted_files(directory)
+    for name in sorted({*exported.files, exported.main} - set(present)):
+        yield None, f"{name} is missing"
+    for name in sorted(set(present) - set(exported.files)):
+        yield None, f"{name} was not written by the exporter"
+    for path in directory.rglob("*"):
+        if path.is_symlink():
+            yield None, f"{path.name} is a link"
+
+
+def _tensors(checkpoint: Checkpoint, plan: TargetPlan, stored: Stored) -> Iterator[Fault]:
+    if plan.target.container == "onnx":  # one weight becomes several initializers: the proof of values looks for each
+        return
+    found = stored.listing()
+    for tensor in plan.tensors:
+        if tensor.stored_as not in found:
+            yield tensor.name, f"{tensor.name}: the file has no {tensor.stored_as}"
+            continue
+        word, shape = found[tensor.stored_as]
+        if plan.target.container == "gguf" and word != tensor.storage:
+            yield tensor.name, f"{tensor.name} is stored as {word}, planned as {tensor.storage}"
+        if plan.target.container == "gguf" and not _fits(tensor, shape):
+            yield tensor.name, f"{tensor.name} has shape {shape} in the file, expected {tensor.shape}"
+    planned = {tensor.stored_as for tensor in plan.tensors}
+    for name in found:
+        if name not in planned and not any(name.startswith(_stem(p)) for p in planned):
+            yield name, f"the file holds {name}, which no plan lists"
+    for name in checkpoint.infos():
+        if name in checkpoint.weights and not _accounted(checkpoint, plan, name):
+            yield name, f"{name} is not stored"
+
+
+def _stem(name: str) -> str:
+    """What all tensors of a packed module begin with."""
+    return name.removesuffix("packed") if name.endswith("_packed") else f"{name}\0"
+
+
+def _fits(tensor: TensorPlan, shape: tuple[int, ...]) -> bool:
+    """Equal, or a stack of experts of this shape."""
+    return tensor.shape in (shape, shape[1:]) and math.prod(shape) > 0
+
+
+def _accounted(checkpoint: Checkpoint, plan: TargetPlan, name: str) -> bool:
+    from tightship.weights import Alias
+
+    left_out = plan.target.container == "gguf" and checkpoint.infos()[name].rule.gguf is None
+    return left_out or isinstance(checkpoint.weights[name], Alias) or any(t.name == name for t in plan.tensors)
+
+
+def _config(checkpoint: Checkpoint, plan: TargetPlan, directory: Path, exported: Exported) -> Iterator[Fault]:
+    if plan.target.container == "gguf":
+        yield from _gguf_config(checkpoint, directory / exported.main)
+        return
+    published = json.loads((directory / "config.json").read_text("utf-8"))
+    for key, value in checkpoint.config.items():
+        if key not in _CONFIG_EDITED and published.get(key) != value:
+            yield None, f"config.json says {key} = {published.get(key)!r}, the checkpoint {value!r}"
+    if plan.target.container == "onnx":
+        yield from _onnx_config(checkpoint, directory, exported)
+    else:
+        yield from _index(directory)
+
+
+def _gguf_config(checkpoint: Checkpoint, path: Path) -> Iterator[Fault]:
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    arch = fields.get("general.architecture")
+    hyper = checkpoint.hyper
+    for key, name in _GGUF_KEYS.items():
+        found = fields.get(f"{arch}.{key}")
+        if name in hyper and found is not None and not isinstance(found, list) and found != hyper[name]:
+            yield None, f"{arch}.{key} is {found}, config.json says {hyper[name]}"
+    tokens = fields.get("tokenizer.ggml.tokens")
+    table = next((t for t in reader.tensors if t.name == "token_embd.weight"), None)
+    if tokens is not None and table is not None and len(tokens) != int(table.shape[1]):
+        yield "token_embd.weight", f"{len(tokens)} tokens for {int(table.shape[1])} rows of the embedding"
+
+
+def _onnx_config(checkpoint: Checkpoint, directory: Path, exported: Exported) -> Iterator[Fault]:
+    import onnx
+
+    path = directory / exported.main
+    model = onnx.load(path, load_external_data=False)
+    data = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
+    for name in sorted(data):
+        if not (directory / name).is_file() or Path(name).name != name:
+            yield None, f"{exported.main} wants its data in {name}, which is not beside it"
+    domains = {opset.domain for opset in model.opset_import}
+    if domains <= {"", "ai.onnx"}:  # the checker knows no contributed operators
+        try:
+            onnx.checker.check_model(str(path))
+        except onnx.checker.ValidationError as error:
+            yield None, f"onnx.checker refuses {exported.main}: {str(error).splitlines()[0]}"
+    genai = directory / "genai_config.json"
+    if genai.is_file():
+        yield from _genai_config(json.loads(genai.read_text("utf-8"))["model"], checkpoint, model)
+
+
+def _genai_config(config: Mapping[str, Any], checkpoint: Checkpoint, model: Any) -> Iterator[Fault]:
+    hyper = checkpoint.hyper
+    decoder = config["decoder"]
+    pairs = {"vocab_size": (config.get("vocab_size"), "vocab")}
+    for key, name in (("num_hidden_layers", "layers"), ("hidden_size", "hidden"), ("num_attention_heads", "heads")):
+        pairs[key] = (decoder.get(key), name)
+    for key, (found, name) in pairs.items():
+        if name in hyper and found != hyper[name]:
+            yield None, f"genai_config.json says {key} = {found}, config.json {hyper[name]}"
+    wanted = {decoder["inputs"]["input_ids"], decoder["inputs"].get("attention_mask", "attention_mask")}
+    missing = wanted - {i.name for i in model.graph.input}
+    if missing:
+        yield None, f"genai_config.json names the input {min(missing)}, which the graph lacks"
+
+
+def _index(directory: Path) -> Iterator[Fault]:
+    path = directory / "model.safetensors.index.json"
+    if not path.is_file():
+        return
+    from safetensors import safe_open
+
+    listed = json.loads(path.read_text("utf-8"))["weight_map"]
+    places = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        places.update(dict.fromkeys(safe_open(file, "np").keys(), file.name))
+    for name in sorted({*listed, *places}):
+        if listed.get(name) != places.get(name):
+            yield name, f"{name} lies in {places.get(name)}, the index says {listed.get(name)}"
+
+
+def _bytes(plan: TargetPlan, directory: Path, exported: Exported) -> Check:
+    """Bytes of the weight files beyond the plan's; ONNX adds its graph, so there it is only reported."""
+    endings = {"gguf": (".gguf",), "safetensors": (".safetensors",), "onnx": (".onnx", ".onnx_data")}
+    weights = [name for name in exported.files if name.endswith(endings[plan.target.container])]
+    present = [name for name in weights if (directory / name).is_file()]
+    exact = plan.target.container != "onnx"
+    return judge(
+        target=plan.target.id,
+        runtime="reader",
+        kind="structure",
+        metric="bytes_beyond_plan",
+        value=total_bytes(directory, present) - plan.file_bytes,
+        op="==" if exact else "report",
+        threshold=0 if exact else None,
+        source="plan",
+    )
