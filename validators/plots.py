@@ -1,0 +1,65 @@
+"""Pictures for the report as SVG text: no library, and the same bytes for the same numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+
+_WIDTH, _HEIGHT = 640, 200
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 28, 30
+
+
+def positions_plot(title: str, series: Sequence[tuple[str, np.ndarray]], *, unit: str = "nats") -> str:
+    """A line a series over positions, on a logarithmic scale.
+
+    Args:
+        title: one line above the plot.
+        series: (name, values (positions,)) each; values are positive, and what is zero or less sits on the floor.
+        unit: of the values.
+
+    Returns:
+        An SVG document, for a file or for a Markdown page.
+    """
+    values = [np.asarray(v, np.float64) for _, v in series]
+    positive = np.concatenate([np.empty(0), *(v[np.isfinite(v) & (v > 0)] for v in values)])
+    low, high = _decades(positive)
+    longest = max((len(v) for v in values), default=0)
+    body = [_text(_LEFT, 16, title, size=13)]
+    for decade in range(low, high + 1):
+        y = _y(10.0**decade, low, high)
+        body.append(f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{_WIDTH - _RIGHT}" y2="{y:.1f}" stroke="#ddd"/>')
+        body.append(_text(_LEFT - 6, y + 4, f"1e{decade}", anchor="end"))
+    for index, ((name, _), points) in enumerate(zip(series, values, strict=True)):
+        colour = f"hsl({(210 + 137 * index) % 360},65%,42%)"
+        path = " ".join(f"{_x(place, longest):.1f},{_y(v, low, high):.1f}" for place, v in enumerate(points))
+        body.append(f'<polyline points="{path}" fill="none" stroke="{colour}"/>')
+        body.append(_text(_WIDTH - _RIGHT, 16 + 13 * index, name, anchor="end", colour=colour))
+    body.append(_text(_LEFT, _HEIGHT - 8, f"position 0 to {max(longest - 1, 0)}; {unit}"))
+    size = f'width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">'
+    return "\n".join([head, *body, "</svg>"]) + "\n"
+
+
+def _decades(positive: np.ndarray) -> tuple[int, int]:
+    """Powers of ten below and above all values, at most eight apart."""
+    if not positive.size:
+        return -1, 0
+    high = math.ceil(math.log10(positive.max()))
+    return max(math.floor(math.log10(positive.min())), high - 8) if positive.min() < 10.0**high else high - 1, high
+
+
+def _x(place: int, longest: int) -> float:
+    return _LEFT + (_WIDTH - _LEFT - _RIGHT) * place / max(longest - 1, 1)
+
+
+def _y(value: float, low: int, high: int) -> float:
+    level = math.log10(value) if math.isfinite(value) and value > 0 else low if value <= 0 else high
+    share = (min(max(level, low), high) - low) / (high - low)
+    return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+
+
+def _text(x: float, y: float, words: str, *, size: int = 11, anchor: str = "start", colour: str = "#333") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{colour}">{escape(words)}</text>'
