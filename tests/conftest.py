@@ -30,6 +30,17 @@ FAMILIES = {
     "gpt2": ("GPT2LMHeadModel", {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     "bert": ("BertForMaskedLM", SIZES),
     "bert-encoder": ("BertModel", SIZES),
+    "distilbert": (
+        "DistilBertForMaskedLM",
+        {"vocab_size": 96, "dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64},
+    ),
+    "qwen2": ("Qwen2ForCausalLM", GROUPED),
+    "mistral": ("MistralForCausalLM", {**GROUPED, "sliding_window": 8}),
+    "gemma2": ("Gemma2ForCausalLM", {**GROUPED, "head_dim": 16, "sliding_window": 8}),
+    "gemma3": ("Gemma3ForCausalLM", {**GROUPED, "head_dim": 16, "sliding_window": 8}),
+    "phi3": ("Phi3ForCausalLM", {**GROUPED, "pad_token_id": 0}),
+    "opt": ("OPTForCausalLM", {**SIZES, "ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "falcon": ("FalconForCausalLM", {**SIZES, "new_decoder_architecture": True, "num_kv_heads": 2}),
 }
 
 

@@ -69,7 +69,7 @@ class BlockStep:
         """Run the block on all its inputs and show every multiplication with its linears; outputs are dropped.
 
         Raises:
-            Unsupported: a linear is multiplied by other means than `linear` or `addmm`.
+            Unsupported: a linear is multiplied by other means than `linear`, `matmul` or `addmm`.
         """
         seen: set[str] = set()
 
@@ -273,13 +273,16 @@ def _recording(blocks: Sequence[Any], pool: _Pool) -> Iterator[list[_Call]]:
 
 @contextmanager
 def _multiplications(factors: Mapping[int, tuple[str, ...]], observer: Observer) -> Iterator[None]:
-    """Show `observer` every `linear` and `addmm` whose second factor starts at one of these memory addresses."""
+    """Show `observer` every product whose second factor starts at one of these memory addresses."""
     import torch
     from torch.overrides import TorchFunctionMode
 
+    plain = (torch.nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+    factors_at = {**dict.fromkeys(plain, (0, 1)), torch.addmm: (1, 2)}
+
     class Watch(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            at = {torch.nn.functional.linear: (0, 1), torch.addmm: (1, 2)}.get(func)
+            at = factors_at.get(func)
             if at is not None and len(args) > at[1]:
                 names = factors.get(args[at[1]].data_ptr())
                 if names is not None:
