@@ -4,6 +4,16 @@ Readers match `targets` in different ways: vLLM's regular expressions are anchor
 as parts of words, and a group without its own `format` is guessed at. So each group says its format, targets are
 either the class `Linear` (when all quantized modules share one layout) or expressions anchored at both ends, and
 every linear module that stays in float is listed in `ignore`.
+
+What transformers 5.23 with compressed-tensors 0.20 makes of it, measured:
+
+| file                            | loaded as it is          | loaded with dequantize=True                     |
+|---------------------------------|--------------------------|-------------------------------------------------|
+| one symmetric layout            | exact                    | exact                                           |
+| several symmetric layouts       | exact                    | wrong without a word: one group decodes them all |
+| one asymmetric layout           | refused: size mismatch   | exact                                           |
+| several, some asymmetric        | refused                  | wrong                                           |
+| experts in several layouts      | wrong: one group decodes all experts | wrong                               |
 """
 
 from __future__ import annotations
@@ -12,7 +22,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tightship.architecture import TensorInfo
+from tightship.architecture import Architecture, TensorInfo
+from tightship.errors import Unsupported
 from tightship.formats.layouts.affine import Affine
 
 FORMAT = "pack-quantized"
@@ -90,23 +101,52 @@ def module(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def kernel_notes(layouts: Mapping[str, Affine], infos: Mapping[str, TensorInfo]) -> list[str]:
-    """What a serving runtime would refuse or compute slowly, for the user's eyes; the file itself is lawful."""
-    notes = []
+def check_readable(layouts: Mapping[str, Affine], infos: Mapping[str, TensorInfo]) -> None:
+    """Refuse what no way of loading decodes rightly (the last two rows of the table above).
+
+    Raises:
+        Unsupported: naming a tensor of the odd layout.
+    """
+    by_layout = {layout: name for name, layout in sorted(layouts.items(), reverse=True)}
+    asymmetric = [name for layout, name in by_layout.items() if not layout.symmetric]
+    if len(by_layout) > 1 and asymmetric:
+        raise Unsupported(
+            f"transformers cannot load several layouts when one is asymmetric ({layouts[asymmetric[0]].name})",
+            tensor=asymmetric[0],
+            hint="use symmetric layouts, or one layout for all",
+        )
+    experts = {layouts.get(name): name for name, info in infos.items() if info.expert is not None}
+    if len(experts) > 1 and layouts:
+        found = ", ".join(sorted(layout.name if layout else "float" for layout in experts))
+        raise Unsupported(
+            f"transformers decodes all experts by one layout, found {found}", tensor=min(experts.values())
+        )
+
+
+def reader_notes(
+    layouts: Mapping[str, Affine], infos: Mapping[str, TensorInfo], architecture: Architecture
+) -> list[str]:
+    """What some readers refuse or compute slowly, for the user's eyes; the file itself is lawful."""
+    if not layouts:
+        return []
+    notes = [architecture.packed_note] if architecture.packed_note else []
+    if any(not layout.symmetric for layout in layouts.values()):
+        notes.append("asymmetric: transformers 5.23 needs dequantize=True to load it")
+    if len(set(layouts.values())) > 1:
+        notes.append("several layouts: transformers 5.23 with dequantize=True would decode all by one; load it plainly")
     odd = sorted({x.name for x in layouts.values() if x.group_size not in _KERNEL_GROUPS})
     if odd:
         notes.append(f"{', '.join(odd)}: vLLM's kernels know groups of 32, 64, 128 or one a row")
     shapes = sorted({infos[n].shape for n in layouts if infos[n].shape[0] % 64 or infos[n].shape[1] % 128})
     if shapes:
         notes.append(f"shapes {', '.join(f'{a}x{b}' for a, b in shapes[:4])}: vLLM's kernels want out % 64, in % 128")
-    for block in sorted({info.block for n, info in infos.items() if n in layouts and info.block is not None}):
-        for roles in _FUSED:
-            found = {
-                layouts.get(n)
-                for n, i in infos.items()
-                if i.block == block and i.rule.role in roles and len(i.shape) == 2
-            }
-            if len(found) > 1:
-                notes.append(f"{', '.join(roles)} of block {block} differ in layout: vLLM fuses them and would refuse")
-                return notes
+    fused: dict[tuple[int | None, int], set[Affine | None]] = {}
+    for name, info in infos.items():
+        for number, roles in enumerate(_FUSED):
+            if info.rule.role in roles and info.rule.kind == "linear":
+                fused.setdefault((info.block, number), set()).add(layouts.get(name))
+    for (block, number), found in sorted(fused.items()):
+        if len(found) > 1:
+            notes.append(f"{', '.join(_FUSED[number])} of block {block} differ in layout: vLLM fuses and refuses them")
+            break
     return notes

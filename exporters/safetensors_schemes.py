@@ -6,7 +6,7 @@
 | f32, f16, bf16 | that type                                  | that type            |
 | w2a16 .. w8a16 | affine integers, groups of 128, symmetric  | as the source has it |
 
-Options: `group` (a number, or `channel`), `asym: true`, `include: [head, embeddings]`, `shard_size` (`5GB`, `500MB`).
+Options: `group` (a number, or `channel`), `asym: true`, `include: [head]`, `shard_size` (`5GB`, `500MB`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ INTEGERS = {f"w{bits}a16": bits for bits in range(2, 9)}
 LATER = ("w8a8", "fp8", "nvfp4", "mxfp4", "gptq", "awq")
 OPTIONS = ("group", "asym", "include", "shard_size")
 DEFAULT_SHARD = 5_000_000_000
-_INCLUDABLE = {"head": "head", "embeddings": "embedding"}
+_INCLUDABLE = {"head": "head"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 

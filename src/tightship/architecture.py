@@ -82,6 +82,7 @@ class Architecture:
     folds: tuple[Mapping[str, Any], ...]
     base_prefix: str = ""
     renames: tuple[tuple[str, str], ...] = ()
+    packed_note: str | None = None
 
     def hyper(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Canonical hyper-parameters of a concrete config.json.
@@ -237,6 +238,7 @@ def build(data: Mapping[str, Any]) -> list[Architecture]:
         folds=tuple(data.get("folds", ())),
         base_prefix=prefix,
         renames=tuple((a, b) for a, b in data.get("renames", ())),
+        packed_note=data.get("packed_note"),
     )
     return [whole, *(_variant(whole, variant) for variant in data.get("variants", ()))]
 
