@@ -253,8 +253,7 @@ def template(processor: Mapping[str, Any] | None) -> tuple[list[str], list[str]]
 def _special_ids(files: TokenizerFiles, model: str) -> dict[str, Field]:
     found = {kind: files.special(kind) for kind in _SPECIAL}
     if model == "bert":  # the loader says bos where BERT says cls
-        found["bos"] = found["cls"] if found["bos"] is None else found["bos"]
-        found["eos"] = found["sep"] if found["eos"] is None else found["eos"]
+        found["bos"], found["eos"] = found["cls"], found["sep"]
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
     fields = {
         f"tokenizer.ggml.{name}_token_id": Field("u32", found[kind])

@@ -35,7 +35,7 @@ def vocabulary(files: TokenizerFiles) -> Vocabulary:
     require(model.get("dropout"), (None, 0.0), "model.dropout")
     require(model.get("continuing_subword_prefix"), (None, ""), "model.continuing_subword_prefix")
     require(model.get("end_of_word_suffix"), (None, ""), "model.end_of_word_suffix")
-    entry, note = pre_tokenizer(files.table)
+    entry, notes = pre_tokenizer(files.table)
     add_bos, add_eos = adds(files)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     fields = {
@@ -46,7 +46,7 @@ def vocabulary(files: TokenizerFiles) -> Vocabulary:
         "tokenizer.ggml.add_space_prefix": Field("bool", False),
     }
     tokens = [text or "" for text in token_list(files)]
-    return Vocabulary("gpt2", tokens, token_types(files), fields, [note] if note else [])
+    return Vocabulary("gpt2", tokens, token_types(files), fields, notes)
 
 
 @functools.cache
@@ -56,8 +56,8 @@ def known() -> tuple[Mapping[str, Any], ...]:
     return tuple(json.loads(text)["pre_tokenizers"])
 
 
-def pre_tokenizer(table: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
-    """The entry whose cuts, normalizer and handling of whole words are those of tokenizer.json, and a note.
+def pre_tokenizer(table: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """The entry whose cuts, normalizer and handling of whole words are those of tokenizer.json, and notes.
 
     Raises:
         Unsupported: no entry fits; the message shows the structure.
@@ -67,9 +67,12 @@ def pre_tokenizer(table: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | No
     whole_words = bool(table["model"].get("ignore_merges", False))
     for entry in known():
         if entry["cuts"] == cuts and entry["ignore_merges"] == whole_words and normalizer in ([], entry["normalizer"]):
-            dropped = bool(entry["normalizer"]) and bool(normalizer)
-            note = "the tokenizer normalizes text to NFC first, llama.cpp does not" if dropped else None
-            return entry, note
+            notes = ["the tokenizer normalizes text to NFC first, llama.cpp does not"] if normalizer else []
+            if entry.get("differs") == "marks":
+                notes.append(
+                    "llama.cpp cuts words before combining marks (Thai, Burmese, Hindi), the tokenizer does not"
+                )
+            return entry, notes
     shown = json.dumps({"cuts": cuts, "normalizer": normalizer, "ignore_merges": whole_words}, ensure_ascii=False)
     raise Unsupported(
         f"llama.cpp has no pre-tokenizer with this structure: {shown}",

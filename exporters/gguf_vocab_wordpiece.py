@@ -49,9 +49,17 @@ def vocabulary(files: TokenizerFiles) -> Vocabulary:
         "tokenizer.ggml.normalizer.lowercase": Field("bool", lowercase),
         "tokenizer.ggml.normalizer.strip_accents": Field("bool", strip),
     }
+    return Vocabulary("bert", tokens, types, fields, _notes(model, lowercase, strip))
+
+
+def _notes(model: Mapping[str, Any], lowercase: bool, strip: bool) -> list[str]:
     longest = model.get("max_input_chars_per_word", 100)
-    note = f"words of more than {longest} characters are one unknown token in transformers, not in llama.cpp"
-    return Vocabulary("bert", tokens, types, fields, [note])
+    notes = [f"words of more than {longest} characters are one unknown token in transformers, not in llama.cpp"]
+    if strip:
+        notes.append("transformers drops combining marks and takes Hangul apart, llama.cpp does neither")
+    if not (lowercase and strip):
+        notes.append("a llama.cpp that does not read tokenizer.ggml.normalizer.* lower-cases and strips accents anyway")
+    return notes
 
 
 def _switches(normalizer: Mapping[str, Any] | None) -> tuple[bool, bool]:

@@ -1,0 +1,190 @@
+"""Token ids of llama.cpp against the tokenizers library on the committed strings, for every mapped structure."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from tightship.checkpoint import Checkpoint
+from tightship.errors import Malformed, Unsupported
+from tightship.exporters import gguf_vocab_bpe
+from tightship.exporters.gguf_tokenizer import tokenizer_fields
+from tightship.exporters.to_gguf import GgufExporter
+from tightship.opening import open_checkpoint
+from tightship.target import Target, no_progress
+from tightship.weights import Dense
+
+EMBER = Path(__file__).parents[2] / "examples" / "ember"
+CUTS = {
+    "digits": lambda individual: {"type": "Digits", "individual_digits": individual},
+    "punctuation": lambda behavior: {"type": "Punctuation", "behavior": behavior.capitalize()},
+    "bytes": lambda regex, space: {
+        "type": "ByteLevel", "add_prefix_space": space, "trim_offsets": True, "use_regex": regex,
+    },
+    "split": lambda regex, behavior, inverted: {
+        "type": "Split", "pattern": {"Regex": regex}, "behavior": behavior.capitalize(), "invert": inverted,
+    },
+}  # fmt: skip
+
+
+def with_tokenizer(folder: Path, rows: int = 512, **edits: Any) -> Checkpoint:
+    """Ember with another tokenizer and vocabulary size; `edits` replace keys of tokenizer_config.json."""
+    ember = open_checkpoint(EMBER)
+    files = {p.name: p.read_bytes() for p in folder.iterdir()}
+    settings = json.loads(files.get("tokenizer_config.json", b"{}")) | edits
+    files["tokenizer_config.json"] = json.dumps(settings).encode()
+    embedding = Dense.of(np.zeros((rows, 256), np.float16))
+    ours = ember.replace(files=files, config={**ember.config, "vocab_size": rows})
+    return ours.with_weights({"model.embed_tokens.weight": embedding})
+
+
+def with_table(folder: Path, rows: int = 512, **edits: Any) -> Checkpoint:
+    """Ember with another tokenizer whose tokenizer.json is edited."""
+    checkpoint = with_tokenizer(folder, rows)
+    table = json.loads(checkpoint.files["tokenizer.json"]) | edits
+    return checkpoint.replace(files={**checkpoint.files, "tokenizer.json": json.dumps(table).encode()})
+
+
+def llama_ids(checkpoint: Checkpoint, texts: Sequence[str], folder: Path, **job: Any) -> list[list[int]]:
+    pytest.importorskip("cyllama")
+    from tightship.validators.runtimes import llama_cpp
+
+    exporter = GgufExporter()
+    plan = exporter.plan(checkpoint, Target("gguf"))
+    exported = exporter.export(checkpoint, plan, folder, no_progress)
+    whole = {"artifact": str(folder), "main": exported.main, "want": "tokenize", "texts": list(texts), **job}
+    return llama_cpp.run(whole, {})[0]["ids"]
+
+
+def compare(checkpoint: Checkpoint, texts: Sequence[str], folder: Path, *, special: bool = False) -> None:
+    ours = Tokenizer.from_str(checkpoint.files["tokenizer.json"].decode())
+    expected = [e.ids for e in ours.encode_batch(list(texts), add_special_tokens=special)]
+    found = llama_ids(checkpoint, texts, folder, add_special=special)
+    wrong = [(t, f, e) for t, f, e in zip(texts, found, expected, strict=True) if f != e]
+    assert not wrong, f"{len(wrong)} of {len(texts)} differ, first: {wrong[0]!r}"
+
+
+def test_there_are_enough_strings(strings: list[str]) -> None:
+    assert len(set(strings)) >= 2000
+
+
+def test_ember(strings: list[str], tmp_path: Path) -> None:
+    compare(open_checkpoint(EMBER), strings, tmp_path)
+
+
+@pytest.mark.parametrize("entry", gguf_vocab_bpe.known(), ids=lambda e: e["pre"])
+def test_every_known_pre_tokenizer(entry: dict[str, Any], train: Callable, strings: list[str], tmp_path: Path) -> None:
+    parts = [CUTS[kind](*rest) for kind, *rest in entry["cuts"]]
+    pre = parts[0] if len(parts) == 1 else {"type": "Sequence", "pretokenizers": parts}
+    folder = train(pre, ignore_merges=entry["ignore_merges"])
+    checkpoint = with_tokenizer(folder)
+    fields, notes = tokenizer_fields(checkpoint)
+    assert fields["tokenizer.ggml.pre"].value == entry["pre"]
+    if entry.get("differs") == "marks":
+        assert "combining marks" in notes[0]
+        strings = [text for text in strings if not has(text, "M")]
+    assert len(strings) > 1700
+    compare(checkpoint, strings, tmp_path)
+
+
+def has(text: str, category: str) -> bool:
+    return any(unicodedata.category(c).startswith(category) for c in text)
+
+
+def test_word_piece(word_piece: Callable, strings: list[str], tmp_path: Path) -> None:
+    """llama.cpp keeps combining marks that BERT drops, and Hangul syllables that it takes apart."""
+    kept = [t for t in strings if not has(t, "Mn") and not any("\uac00" <= c <= "\ud7a3" for c in t)]
+    assert len(kept) > 1600
+    compare(with_tokenizer(word_piece(True), rows=2048), kept, tmp_path, special=True)
+
+
+def test_cased_word_piece(word_piece: Callable, strings: list[str], tmp_path: Path) -> None:
+    """The wheel's llama.cpp lower-cases and strips accents in any case; the file says what newer ones read."""
+    checkpoint = with_tokenizer(word_piece(False), rows=2048)
+    fields, notes = tokenizer_fields(checkpoint)
+    assert fields["tokenizer.ggml.normalizer.lowercase"].value is False
+    assert fields["tokenizer.ggml.normalizer.strip_accents"].value is False
+    assert "lower-cases" in notes[-1]
+    same = [t for t in strings if t == t.lower() and t == unicodedata.normalize("NFD", t) and not has(t, "Mn")]
+    assert len(same) > 500
+    compare(checkpoint, same, tmp_path, special=True)
+
+
+def test_bos_and_eos_are_added_as_transformers_adds_them(byte_level: Path, tmp_path: Path) -> None:
+    for flags, expected in (({"add_bos_token": True}, [0]), ({"add_bos_token": False}, []), ({}, [])):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        found = llama_ids(with_tokenizer(byte_level, **flags), ["a"], folder)[0]
+        assert found[:-1] == expected
+
+
+def test_specials_are_parsed_on_request_and_user_tokens_always(byte_level: Path, tmp_path: Path) -> None:
+    checkpoint = with_tokenizer(byte_level)
+    texts = ["<|im_start|>", "<tool_call>"]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    parsed = llama_ids(checkpoint, texts, tmp_path / "a", parse_special=True)
+    plain = llama_ids(checkpoint, texts, tmp_path / "b", parse_special=False)
+    assert [len(ids) for ids in parsed] == [1, 1]
+    assert len(plain[0]) > 1
+    assert len(plain[1]) == 1
+
+
+def test_rows_after_the_vocabulary_are_padded(byte_level: Path) -> None:
+    fields, _ = tokenizer_fields(with_tokenizer(byte_level, rows=600))
+    tokens, types = (fields[f"tokenizer.ggml.{key}"].value for key in ("tokens", "token_type"))
+    assert len(tokens) == len(types) == len(set(tokens)) == 600
+    assert types[-1] == 5
+    assert tokens[-1] == "[PAD599]"
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_malformed(byte_level: Path) -> None:
+    with pytest.raises(Malformed, match="outside the embedding of 400 rows"):
+        tokenizer_fields(with_tokenizer(byte_level, rows=400))
+
+
+def test_jinja_files_win_over_the_config(byte_level: Path) -> None:
+    checkpoint = with_tokenizer(byte_level, chat_template="from config")
+    assert tokenizer_fields(checkpoint)[0]["tokenizer.chat_template"].value == "from config"
+    files = {**checkpoint.files, "chat_template.jinja": b"from file"}
+    assert tokenizer_fields(checkpoint.replace(files=files))[0]["tokenizer.chat_template"].value == "from file"
+
+
+def test_named_templates_are_sorted(byte_level: Path) -> None:
+    named = [{"name": n, "template": f"t-{n}"} for n in ("tool_use", "default", "rag")]
+    fields, _ = tokenizer_fields(with_tokenizer(byte_level, chat_template=named))
+    found = {key: field.value for key, field in fields.items() if "chat_template" in key}
+    assert found == {
+        "tokenizer.chat_template": "t-default",
+        "tokenizer.chat_template.rag": "t-rag",
+        "tokenizer.chat_template.tool_use": "t-tool_use",
+        "tokenizer.chat_templates": ["rag", "tool_use"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
+        ({"normalizer": {"type": "Lowercase"}}, "Lowercase"),
+        ({"model": {"type": "WordLevel", "vocab": {"a": 0}}}, "'WordLevel'"),
+        ({"post_processor": {"type": "Mystery"}}, "Mystery"),
+    ],
+)
+def test_unknown_structures_are_shown(byte_level: Path, edits: dict[str, Any], message: str) -> None:
+    with pytest.raises(Unsupported, match=message) as caught:
+        tokenizer_fields(with_table(byte_level, **edits))
+    assert caught.value.exit_code == 3
+
+
+def test_nfc_is_noted(train: Callable, strings: list[str], tmp_path: Path) -> None:
+    checkpoint = with_tokenizer(train(normalizer={"type": "NFC"}))
+    assert "NFC" in tokenizer_fields(checkpoint)[1][0]
+    compare(checkpoint, strings, tmp_path)
