@@ -13,8 +13,11 @@ from tightship.checkpoint import Checkpoint
 MODEL_TYPE = "decoder"
 
 
-def genai_config(checkpoint: Checkpoint, main: str) -> bytes:
-    """The file's content for a decoder whose graph keeps the contract of `onnx_candidates.skeleton`."""
+def genai_config(checkpoint: Checkpoint, main: str, heads: tuple[int, int]) -> bytes:
+    """The file's content for a decoder whose graph keeps the contract of `onnx_candidates.skeleton`.
+
+    `heads` are the number and size of heads in the cache.
+    """
     hyper = checkpoint.hyper
     generation = _generation(checkpoint)
     eos = _first(generation, checkpoint.config, "eos_token_id")
@@ -25,11 +28,11 @@ def genai_config(checkpoint: Checkpoint, main: str) -> bytes:
     }
     decoder = {
         "filename": main,
-        "head_size": hyper["head_dim"],
+        "head_size": heads[1],
         "hidden_size": hyper["hidden"],
         "num_attention_heads": hyper["heads"],
         "num_hidden_layers": hyper["layers"],
-        "num_key_value_heads": hyper["kv_heads"],
+        "num_key_value_heads": heads[0],
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "inputs": {
             "input_ids": "input_ids",

@@ -103,10 +103,16 @@ def take(weight: Stored, rows: tuple[int, int] | None) -> Stored:
     return Sum(take(weight.base, rows), take(weight.residual, rows))
 
 
-def dead_names(checkpoint: Checkpoint) -> frozenset[str]:
-    """Stored tensors that the family's data list as buffers to drop."""
+def left_out(checkpoint: Checkpoint) -> dict[str, str]:
+    """Stored tensors that take no part in the graph's outputs, and why."""
     patterns = checkpoint.architecture.ignored
-    return frozenset(n for n in checkpoint.weights if any(fnmatch.fnmatch(n, pattern) for pattern in patterns))
+    found = {n: "a buffer" for n in checkpoint.weights if any(fnmatch.fnmatch(n, pattern) for pattern in patterns)}
+    if checkpoint.architecture.task == "feature-extraction":
+        poolers = (
+            n for n, info in checkpoint.infos().items() if info.rule.role == "pooler" and n in checkpoint.weights
+        )
+        found |= dict.fromkeys(poolers, "the graph gives last_hidden_state, before the pooler")
+    return found
 
 
 def unused_tensors(skeleton: Skeleton, checkpoint: Checkpoint) -> list[str]:
@@ -114,8 +120,8 @@ def unused_tensors(skeleton: Skeleton, checkpoint: Checkpoint) -> list[str]:
     shown: dict[str, int] = {}
     for owner, rows in {(owner_of(checkpoint, feed.tensor), feed.rows) for feed in skeleton.feeds.values()}:
         shown[owner] = shown.get(owner, 0) + (rows[1] - rows[0] if rows else _height(checkpoint.resolve(owner)))
-    dead = dead_names(checkpoint)
-    stored = {n: w for n, w in checkpoint.weights.items() if not isinstance(w, Alias) and n not in dead}
+    needless = left_out(checkpoint)
+    stored = {n: w for n, w in checkpoint.weights.items() if not isinstance(w, Alias) and n not in needless}
     return [name for name, weight in stored.items() if shown.get(name, 0) < _height(weight)]
 
 

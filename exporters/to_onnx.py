@@ -16,10 +16,10 @@ from tightship.errors import GateFailed, Unsupported, UsageError
 from tightship.exporters.genai_config import genai_config
 from tightship.exporters.onnx_assemble import write_graph
 from tightship.exporters.onnx_candidates import candidates
-from tightship.exporters.onnx_candidates.skeleton import DECODER_TASKS, Choice, Judge, Skeleton, outputs_of
+from tightship.exporters.onnx_candidates.skeleton import Choice, Judge, Skeleton, outputs_of
 from tightship.exporters.onnx_schemes import layouts_of, style_of
 from tightship.exporters.onnx_storage import storage
-from tightship.exporters.onnx_units import dead_names
+from tightship.exporters.onnx_units import left_out
 from tightship.layout import Layout
 from tightship.target import Exported, Progress, Refused, Target, TargetPlan, TensorPlan, no_progress, sorted_files
 from tightship.weights import Alias, Dense, Factored, Quantized, Stored
@@ -52,9 +52,10 @@ class OnnxExporter:
         """
         outputs_of(checkpoint.architecture)
         style = style_of(target)
+        needless = left_out(checkpoint)
         tensors = []
         for name, weight in checkpoint.weights.items():
-            if isinstance(weight, Alias) or name in dead_names(checkpoint):
+            if isinstance(weight, Alias) or name in needless:
                 continue
             table = _kind(checkpoint, name) in ("embedding", "position")
             answer = storage(weight, style, table=table)
@@ -64,7 +65,7 @@ class OnnxExporter:
             word, reason = _layout_word(weight)
             tensors.append(TensorPlan(name, name, tuple(weight.shape), word, answer.storage, answer.nbytes, reason))
         total = sum(t.nbytes for t in tensors)
-        return TargetPlan(target, tuple(tensors), total, _notes(tensors))
+        return TargetPlan(target, tuple(tensors), total, (*_notes(tensors), *_omissions(needless)))
 
     def export(
         self, checkpoint: Checkpoint, plan: TargetPlan, directory: Path, progress: Progress = no_progress
@@ -76,9 +77,10 @@ class OnnxExporter:
             GateFailed: the bytes written are not the planned ones.
         """
         choice, skeleton = _graph(checkpoint, self.judge)
+        heads = cache_shape(skeleton)
         written = write_graph(skeleton, checkpoint, directory, style_of(plan.target), progress=progress, name=MAIN)
         _compare(plan, written)
-        write_companions(checkpoint, directory)
+        write_companions(checkpoint, directory, heads)
         details = {"candidates": [judgement.to_json() for judgement in choice.judgements]}
         return Exported(tuple(sorted_files(directory)), MAIN, choice.graph_source, details)
 
@@ -96,12 +98,18 @@ def reference_graph(checkpoint: Checkpoint, directory: Path, judge: Judge) -> Pa
     return directory / MAIN
 
 
-def write_companions(checkpoint: Checkpoint, directory: Path) -> None:
-    """config.json, tokenizer files, and genai_config.json for decoders."""
+def cache_shape(skeleton: Skeleton) -> tuple[int, int] | None:
+    """(heads, head size) of the first key cache, or None without a cache."""
+    first = next((v for v in skeleton.model.graph.inputs if str(v.name).startswith("past_key_values.")), None)
+    return None if first is None else (int(first.shape[1]), int(first.shape[3]))
+
+
+def write_companions(checkpoint: Checkpoint, directory: Path, heads: tuple[int, int] | None) -> None:
+    """config.json, tokenizer files, and genai_config.json for decoders (those with a cache of `heads`)."""
     config = {**checkpoint.config, "transformers.js_config": {"use_external_data_format": {MAIN: True}}}
     files = {**checkpoint.files, "config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
-    if checkpoint.architecture.task in DECODER_TASKS:
-        files["genai_config.json"] = genai_config(checkpoint, MAIN)
+    if heads:
+        files["genai_config.json"] = genai_config(checkpoint, MAIN, heads)
     for name, data in files.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,6 +153,10 @@ def _notes(tensors: list[TensorPlan]) -> tuple[str, ...]:
     if narrow:
         notes.append(f"{' and '.join(narrow)} tensors are widened to float32 when ONNX Runtime loads them")
     return tuple(notes)
+
+
+def _omissions(needless: Mapping[str, str]) -> list[str]:
+    return [f"left out: {name} ({reason})" for name, reason in sorted(needless.items())]
 
 
 def _compare(plan: TargetPlan, written: Mapping[str, int]) -> None:

@@ -67,3 +67,24 @@ def name_contract(model: ir.Model) -> None:
         else:
             continue
         value.shape = ir.Shape(axes)
+
+
+def split_gemms(model: ir.Model) -> None:
+    """Gemm with plain factors becomes [Transpose,] MatMul and Add, so that every linear is a MatMul."""
+    import onnx_ir as ir
+
+    for node in list(model.graph):
+        if node.op_type != "Gemm" or node.domain:
+            continue
+        attributes = {key: attribute.value for key, attribute in node.attributes.items()}
+        if attributes.get("transA", 0) or attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0:
+            continue
+        left, right, *bias = node.inputs
+        nodes = []
+        if attributes.get("transB", 0):
+            nodes.append(ir.node("Transpose", [right], {"perm": [1, 0]}))
+            right = nodes[-1].outputs[0]
+        nodes.append(ir.node("MatMul", [left, right]))
+        if bias and bias[0] is not None:
+            nodes.append(ir.node("Add", [nodes[-1].outputs[0], bias[0]]))
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], nodes, node.outputs, [nodes[-1].outputs[0]])
