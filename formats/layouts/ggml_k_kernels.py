@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
+from tightship.formats.jit import kernel
 from tightship.formats.lanes import absolute, load, root, splat, store, where
 from tightship.formats.layouts.ggml_kernels import nearest_code
 from tightship.formats.layouts.ggml_search import (
@@ -44,7 +44,7 @@ class AffineSearch(NamedTuple):
     variance: float
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def affine_blocks(
     first: int, last: int, w: Any, importance: Any, period: int, how: AffineSearch, steps: Any, scales: Any, kept: Any
 ) -> None:
@@ -98,7 +98,7 @@ def affine_blocks(
                 kept[block + lane, j, 0], kept[block + lane, j, 1] = factor[j, lane], base[j, lane]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _by_largest(x: Any, codes: Any, count: int, top: float) -> Any:
     """Codes of non-negative rows with the largest at `top`; returns the step."""
     high = splat(0.0)
@@ -110,7 +110,7 @@ def _by_largest(x: Any, codes: Any, count: int, top: float) -> Any:
     return high / splat(top)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def symmetric_blocks(
     first: int,
     last: int,
@@ -148,7 +148,7 @@ def symmetric_blocks(
         _write_signed(block, last, end, codes, factor, base, d, scales, kept)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _by_peak(x: Any, codes: Any, count: int, top: float, least: float) -> Any:
     """Codes with the signed largest at -top; below `least` all are -top and the step is 0. Returns the step."""
     size, extreme = peak(x, 0, count)
@@ -159,7 +159,7 @@ def _by_peak(x: Any, codes: Any, count: int, top: float, least: float) -> Any:
     return where(none, splat(0.0), splat(1.0) / inverse)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _drop_empty(found: Any, codes: Any, factor: Any, base: Any, parts: int) -> None:
     """Q6_K writes zero bytes for a super-block without a scale: scales 0, lowest codes."""
     size, _ = peak(found, 0, parts)
@@ -170,7 +170,7 @@ def _drop_empty(found: Any, codes: Any, factor: Any, base: Any, parts: int) -> N
         store(base, j, where(none, splat(ABOVE), load(base, j)))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _write_signed(
     block: int, last: int, end: Any, codes: Any, factor: Any, base: Any, d: Any, scales: Any, kept: Any
 ) -> None:
@@ -181,7 +181,7 @@ def _write_signed(
             kept[block + lane, j, 0], kept[block + lane, j, 1] = factor[j, lane], base[j, lane]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def q3_blocks(
     first: int,
     last: int,
@@ -217,7 +217,7 @@ def q3_blocks(
         _write_signed(block, last, end, codes, factor, base, d, scales, kept)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def q3_blocks_plain(first: int, last: int, w: Any, d: Any, scales: Any, codes: Any) -> None:
     """Q3_K without importance; its codes come from a descent, so they are written: int8 (B, 256)."""
     parts = SUPER // 16
@@ -238,7 +238,7 @@ def q3_blocks_plain(first: int, last: int, w: Any, d: Any, scales: Any, codes: A
                 scales[block + lane, j] = scale_codes[j, lane]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def encode(
     first: int, last: int, w: Any, d: Any, dmin: Any, scales: Any, mins: Any, kept: Any, low: int, high: int, codes: Any
 ) -> None:

@@ -11,22 +11,22 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from tightship.formats.jit import kernel
 from tightship.formats.lanes import load, store
 from tightship.formats.layouts.ggml_search import affine, gather, symmetric, weigh
 
 MAGNITUDE = np.int32(0x7FFFFFFF)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def as_float(bits: Any) -> Any:
     """The float32 of these bits."""
     whole = np.int32(bits)
     return whole.view(np.float32)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def magnitude(bits: Any) -> Any:
     """Largest magnitude of a block."""
     top = np.int32(0)
@@ -35,13 +35,13 @@ def magnitude(bits: Any) -> Any:
     return as_float(top)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def flip(bits: Any) -> Any:
     """Order float bits as integers: negative floats count down. Its own inverse."""
     return np.int32(bits ^ ((bits >> 31) & MAGNITUDE))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def extremes(bits: Any) -> Any:
     """(least, largest) of a block, -0.0 below 0.0."""
     low, high = np.int32(0x7FFFFFFF), np.int32(-0x7FFFFFFF)
@@ -52,7 +52,7 @@ def extremes(bits: Any) -> Any:
     return as_float(flip(low)), as_float(flip(high))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def first_of(x: Any, size: Any) -> Any:
     """The first value of magnitude `size`."""
     i = 0
@@ -61,13 +61,13 @@ def first_of(x: Any, size: Any) -> Any:
     return x[i]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def inverse(step: Any) -> Any:
     """1 / step, or 0 for 0."""
     return np.float32(1) / step if step != 0 else np.float32(0)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def round_symmetric(first: int, last: int, w: Any, bits: Any, low: int, d: Any, codes: Any) -> None:
     """Q4_0, Q5_0: d = peak / low, code = trunc(x / d - low + 1/2) + low, at most -low - 1."""
     shift, top = np.float32(0.5 - low), np.float32(-2 * low - 1)
@@ -85,7 +85,7 @@ def round_symmetric(first: int, last: int, w: Any, bits: Any, low: int, d: Any, 
             codes[block, i] = np.int32(v if v < top else top) + low
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def round_bytes(first: int, last: int, w: Any, bits: Any, d: Any, codes: Any) -> None:
     """Q8_0: d = magnitude / 127, code = x / d rounded half away from zero."""
     for block in range(first, last):
@@ -100,7 +100,7 @@ def round_bytes(first: int, last: int, w: Any, bits: Any, d: Any, codes: Any) ->
             codes[block, i] = code + np.int32(rest >= np.float32(0.5)) - np.int32(rest <= np.float32(-0.5))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def round_affine(first: int, last: int, w: Any, bits: Any, top: int, d: Any, m: Any, codes: Any) -> None:
     """Q4_1, Q5_1: m = least, d = range / top, code = trunc((x - m) / d + 1/2)."""
     # Slices, since an index from range(first, last) may be negative for all LLVM knows: twice as fast.
@@ -120,7 +120,7 @@ def round_affine(first: int, last: int, w: Any, bits: Any, top: int, d: Any, m: 
             m[block] = first_of(w[block], np.float32(0))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def round_ternary(first: int, last: int, w: Any, bits: Any, d: Any, codes: Any) -> None:
     """TQ1_0, TQ2_0: d = magnitude, code = x / d rounded half away from zero."""
     for block in range(first, last):
@@ -133,7 +133,7 @@ def round_ternary(first: int, last: int, w: Any, bits: Any, d: Any, codes: Any) 
             codes[block, i] = np.int32(v >= np.float32(0.5)) - np.int32(v <= np.float32(-0.5))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def round_fp4(first: int, last: int, w: Any, unit: Any, codes: Any) -> None:
     """Nearest E2M1 codes for `unit` (blocks,), the value of 1.0; ties to the smaller magnitude, zero is +0."""
     for block in range(first, last):
@@ -148,14 +148,14 @@ def round_fp4(first: int, last: int, w: Any, unit: Any, codes: Any) -> None:
             codes[block, i] = code + (np.int32(8) if (x[i] < 0) & (code > 0) else np.int32(0))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def magnitudes(first: int, last: int, bits: Any, out: Any) -> None:
     """Largest magnitude of every block, (blocks,) float32."""
     for block in range(first, last):
         out[block] = magnitude(bits[block])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def row_mean_squares(first: int, last: int, w: Any, cols: int, out: Any) -> None:
     """Mean of squares of every row, summed in order in float32."""
     for row in range(first, last):
@@ -165,7 +165,7 @@ def row_mean_squares(first: int, last: int, w: Any, cols: int, out: Any) -> None
         out[row] = squares / np.float32(cols)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def search_symmetric(
     first: int,
     last: int,
@@ -193,7 +193,7 @@ def search_symmetric(
             kept[block + lane, 0], kept[block + lane, 1] = rows[1, lane], rows[2, lane]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def search_affine(
     first: int,
     last: int,
@@ -222,7 +222,7 @@ def search_affine(
             kept[block + lane, 0], kept[block + lane, 1] = rows[2, lane], rows[3, lane]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _weigh_blocks(
     block: int, last: int, w: Any, importance: Any, period: int, variance: Any, x: Any, weights: Any, rows: Any
 ) -> None:
@@ -234,7 +234,7 @@ def _weigh_blocks(
     weigh(x, weights, width, load(rows, 0))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def nearest_code(v: float, low: int, high: int) -> int:
     """Nearest integer within [low, high], ties to even."""
     low, high = np.float32(low), np.float32(high)
@@ -243,7 +243,7 @@ def nearest_code(v: float, low: int, high: int) -> int:
     return np.int32((v + np.float32(12582912.0)) - np.float32(12582912.0))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def kept_codes(first: int, last: int, w: Any, kept: Any, low: int, high: int, codes: Any) -> None:
     """The codes of a search: nearest(factor * (x - base)) within [low, high]."""
     width = codes.shape[1]

@@ -13,8 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from tightship.formats.jit import kernel
 from tightship.formats.lanes import absolute, load, nearest, root, smaller, some, splat, store, where
 
 ABOVE = np.float32(1e30)
@@ -39,13 +39,13 @@ def positive_steps(top: int) -> np.ndarray:
     return np.float32(0.1) * i + np.float32(top)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def clamp(v: Any, low: Any, high: Any) -> Any:
     """Nearest integers within [low, high]; NaN gives low."""
     return nearest(smaller(where(v > low, v, splat(low)), splat(high)))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def peak(x: Any, first: int, count: int) -> Any:
     """(largest magnitude, the first value that has it)."""
     size, value = splat(0.0), splat(0.0)
@@ -57,7 +57,7 @@ def peak(x: Any, first: int, count: int) -> Any:
     return size, value
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def affine(x: Any, w: Any, codes: Any, first: int, count: int, top: float, steps: Any, by_magnitude: bool) -> Any:
     """`make_qkx2_quants` and `make_qkx3_quants`: x ~ scale * code + low, codes 0..top, low <= 0.
 
@@ -106,7 +106,7 @@ def affine(x: Any, w: Any, codes: Any, first: int, count: int, top: float, steps
     return where(some_range, scale, zero), low, where(some_range, factor, zero), where(some_range, base, zero)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _affine_error(x: Any, w: Any, codes: Any, first: int, count: int, scale: Any, low: Any, by_magnitude: bool) -> Any:
     total = splat(0.0)
     for i in range(count):
@@ -115,7 +115,7 @@ def _affine_error(x: Any, w: Any, codes: Any, first: int, count: int, scale: Any
     return total
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def symmetric(x: Any, w: Any, first: int, count: int, top: float, steps: Any) -> Any:
     """`make_qx_quants` with squared errors: x ~ scale * code, codes -top..top - 1. Returns (scale, factor, base)."""
     size, extreme = peak(x, first, count)
@@ -141,7 +141,7 @@ def symmetric(x: Any, w: Any, first: int, count: int, top: float, steps: Any) ->
     return where(empty, zero, scale), where(empty, splat(1.0), factor), where(empty, splat(ABOVE), zero)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def descent(x: Any, codes: Any, first: int, count: int, top: float) -> Any:
     """`make_q3_quants`: weights x^2, codes -top..top - 1 improved one at a time. Returns scale; writes `codes`."""
     size, extreme = peak(x, first, count)
@@ -174,7 +174,7 @@ def descent(x: Any, codes: Any, first: int, count: int, top: float) -> Any:
     return where((sum_l2 > 0.0) & (size >= TINY), sum_xl / sum_l2, splat(0.0))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def positive(x: Any, w: Any, codes: Any, count: int, top: float, steps: Any) -> Any:
     """`make_qp_quants`: x ~ scale * code, x >= 0, codes 0..top. Returns scale; writes `codes`."""
     high = splat(0.0)
@@ -220,7 +220,7 @@ def positive(x: Any, w: Any, codes: Any, count: int, top: float, steps: Any) -> 
     return where((sum_l2 > 0.0) & (high >= TINY), sum_xl / sum_l2, splat(0.0))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def mean_square(x: Any, first: int, count: int, times: float) -> Any:
     """times * (sum of squares) / count."""
     squares = splat(0.0)
@@ -229,7 +229,7 @@ def mean_square(x: Any, first: int, count: int, times: float) -> Any:
     return splat(times) * squares / splat(count)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def weigh(x: Any, w: Any, count: int, variance: Any) -> Any:
     """In place: w = importance * sqrt(variance + x^2)."""
     for i in range(count):
@@ -237,7 +237,7 @@ def weigh(x: Any, w: Any, count: int, variance: Any) -> Any:
         store(w, i, load(w, i) * root(variance + v * v))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def total(w: Any, first: int, count: int) -> Any:
     """Sum of rows."""
     result = splat(0.0)
@@ -246,7 +246,7 @@ def total(w: Any, first: int, count: int) -> Any:
     return result
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def gather(source: Any, block: int, last: int, width: int, period: int, tile: Any) -> None:
     """Rows of `tile` from sixteen blocks of `width` in flat `source`; block b lies at (b % period) * width.
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from tightship.formats.jit import kernel
 from tightship.formats.lanes import load, splat, store, where
 from tightship.formats.layouts.ggml_search import TINY, clamp, gather, mean_square, peak, weigh
 
@@ -17,7 +17,7 @@ TURNS = LEVELS[:-1] + LEVELS[1:]
 TRIES = 7
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def level(v: Any) -> Any:
     """The level nearest to each lane, ties to the upper one."""
     twice = v + v
@@ -27,7 +27,7 @@ def level(v: Any) -> Any:
     return result
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _sums(x: Any, w: Any, first: int, factor: Any) -> Any:
     """Sums of w q x and w q^2 for q the level nearest to factor * x."""
     sum_qx, sum_q2 = splat(0.0), splat(0.0)
@@ -39,7 +39,7 @@ def _sums(x: Any, w: Any, first: int, factor: Any) -> Any:
     return sum_qx, sum_q2
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def group_scale(x: Any, w: Any, first: int) -> Any:
     """x ~ scale * level over 32 rows, by trying sixteen scales around the one that puts the peak at the end."""
     size, extreme = peak(x, first, 32)
@@ -54,7 +54,7 @@ def group_scale(x: Any, w: Any, first: int) -> Any:
     return where(size < TINY, splat(0.0), scale)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def search(
     first: int, last: int, w: Any, importance: Any, period: int, parts: int, d: Any, scales: Any, factor: Any
 ) -> None:
@@ -86,18 +86,18 @@ def search(
                 factor[block + lane, j] = inverse[j, lane]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _reciprocal(v: Any) -> Any:
     return where(v != 0.0, splat(1.0) / v, splat(0.0))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _own_scale(found: Any, inverse: Any) -> Any:
     store(inverse, 0, _reciprocal(load(found, 0)))
     return load(found, 0)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _integer_scales(found: Any, codes: Any, inverse: Any) -> Any:
     """The signed largest scale becomes -32; returns the step."""
     _, extreme = peak(found, 0, len(found))
@@ -110,7 +110,7 @@ def _integer_scales(found: Any, codes: Any, inverse: Any) -> Any:
     return step
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def nearest_levels(first: int, last: int, w: Any, factor: Any, codes: Any) -> None:
     """Indices of the levels nearest to factor * w, ties to the upper one; `w`, `codes` are (groups, 32)."""
     for group in range(first, last):

@@ -16,15 +16,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from tightship.formats.jit import kernel
 from tightship.formats.layouts.affine import Affine
 from tightship.formats.layouts.ggml_affine import Q4_1, Q5_1
 from tightship.formats.packings.ggml_block import BlockType, as_bytes, cut, halves, join
 from tightship.layout import Arrays
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _write_codes(codes: Any, offset: int, header: int, fifth: bool, out: Any) -> None:
     """uint8 codes (blocks, 32), stored + offset, behind the header of every block of `out` (blocks, bytes)."""
     shift, at = np.uint8(offset), header + 4 if fifth else header

@@ -76,6 +76,16 @@ def test_same_bytes_as_libggml(word: str, kind: str) -> None:
 
 @needs_libggml
 @pytest.mark.parametrize("word", TYPES)
+def test_same_bytes_on_many_blocks(word: str) -> None:
+    """Enough uniform weights for the rare ways of a search, such as a descent of five sweeps."""
+    rng = np.random.default_rng(1)
+    w = rng.uniform(-1, 1, (64, 4096)).astype(np.float32)
+    for importance in (None, rng.gamma(1, 1, 4096).astype(np.float32)):
+        assert np.array_equal(our_bytes(word, w, importance), libggml.quantize_chunk(word.upper(), w, importance))
+
+
+@needs_libggml
+@pytest.mark.parametrize("word", TYPES)
 def test_narrow_and_single_blocks(word: str) -> None:
     layout = parse_layout(word)
     w = np.random.default_rng(3).normal(0, 1, (1, layout.block)).astype(np.float32)
