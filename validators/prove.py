@@ -31,7 +31,6 @@ from tightship.validators.fidelity import (
     storage_word,
 )
 from tightship.validators.loss import loss_checks, loss_metrics, unjudged
-from tightship.validators.parity import judge as parity_judge
 from tightship.validators.references import Outputs, ProofSettings, References
 from tightship.validators.runtimes.child import RuntimeDied, RuntimeMissing, run_child
 from tightship.validators.stored import Stored, open_stored
@@ -167,7 +166,7 @@ class _Proof:
         with tempfile.TemporaryDirectory(prefix="tightship-reference-", dir=self.settings.scratch) as folder:
             try:
                 reference_graph(
-                    decoded_checkpoint(self.prover.compressed, self.plan, stored), Path(folder), parity_judge
+                    decoded_checkpoint(self.prover.compressed, self.plan, stored), Path(folder), self.settings.judge
                 )
             except Unsupported as error:
                 self.checks.append(

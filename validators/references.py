@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from tightship.checkpoint import Checkpoint
+from tightship.exporters.onnx_candidates.skeleton import Judge
 from tightship.modelview import ModelView
 from tightship.target import Progress, no_progress
 from tightship.texts import read_documents
 from tightship.validators.gates import Gates
+from tightship.validators.parity import judge as parity_judge
 from tightship.validators.runtimes.child import Limits
 from tightship.validators.text import LENGTH, WINDOWS, TextWindows, proof_windows
 
@@ -38,6 +40,7 @@ class ProofSettings:
         windows, length: at most so many token windows, each at most so long.
         seconds: wall time of one job of one runtime.
         memory: bytes that one runtime may take, or None for the machine's.
+        judge: of graph sources, for the reference graph (one with a cache saves half a minute).
         scratch: directory for what the proof writes (reference graphs, exchange with runtimes), or None.
         progress: called as progress(what, done, total).
     """
@@ -50,6 +53,7 @@ class ProofSettings:
     length: int = LENGTH
     seconds: float = 3600.0
     memory: int | None = None
+    judge: Judge = parity_judge
     scratch: Path | None = None
     progress: Progress = no_progress
 

@@ -46,7 +46,8 @@ class Check:
 
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
-        return {k: v for k, v in data.items() if v is not None and v != {}}
+        data["extra"] = {k: v for k, v in data["extra"].items() if _sayable(v)}
+        return {k: v for k, v in data.items() if v is not None and v != {} and _sayable(v)}
 
 
 def judge(
@@ -102,6 +103,11 @@ def not_run(*, target: str, runtime: str, kind: Kind, metric: str, reason: str) 
         verdict="not_run",
         reason=reason,
     )
+
+
+def _sayable(value: Any) -> bool:
+    """JSON has no NaN and no infinity; a figure that is neither stays out, and its check says why it failed."""
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _holds(value: Any, op: str, threshold: Any) -> bool:
