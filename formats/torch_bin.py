@@ -52,13 +52,27 @@ def read_bin(path: Path) -> dict[str, Dense]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # the reader raises half a dozen kinds on hostile input
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise Malformed(
-            f"{path.name} is not a plain dict of tensors: {str(error).splitlines()[0]:.200}",
+            f"{path.name} is not a plain dict of tensors: {reason:.200}",
             hint="ask for safetensors files; pickles with code in them are never run",
         ) from error
     if not isinstance(state, dict):
         raise Malformed(f"{path.name} holds a {type(state).__name__}, not a dict of tensors")
-    return {_name(key, path.name): _dense(key, value, path.name) for key, value in state.items()}
+    tensors = {_name(key, path.name): _dense(key, value, path.name) for key, value in state.items()}
+    if zipped:
+        _check_storages(path, state)
+    return tensors
+
+
+def _check_storages(path: Path, state: dict[str, Any]) -> None:
+    """torch maps as many bytes as the pickle asks for, wherever the archive's entry ends; the two must agree."""
+    with zipfile.ZipFile(path) as archive:
+        entries = sorted(archive.infolist(), key=lambda e: e.header_offset)
+    stored = [e.file_size for e in entries if e.filename.split("/")[-2:-1] == ["data"] and e.file_size]
+    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in state.values()) if s.nbytes()}
+    if [storages[at] for at in sorted(storages)] != stored:
+        raise Malformed(f"{path.name}: the sizes of its tensors are not those of the stored data")
 
 
 def _check_archive(path: Path) -> bool:
