@@ -94,7 +94,8 @@ class _Build:
                 state, shop = run_passes(plan, self.recipe, self.settings, self.progress)
             artifacts = [self._export(target, state, shop) for target in plan.targets]
             digests = self._digests(artifacts)
-            reports = [self._prove(plan.source, artifact, shop) for artifact in artifacts]
+            proofs = Proofs(self.spool.through(plan.source), shop, self.log.folder / "proof")
+            reports = [self._prove(proofs, artifact) for artifact in artifacts]
         report = Report(list(state.log), reports, environment(self.settings), self.settings.accept_unproven)
         self._gate(report)
         with self.log.step("publish"):
@@ -115,9 +116,9 @@ class _Build:
         with self.log.step("digests"):
             return {a.plan.target.id: self.spool.digests(a.compressed) for a in artifacts}
 
-    def _prove(self, original: Checkpoint, artifact: Artifact, shop: Workshop) -> TargetReport:
+    def _prove(self, proofs: Proofs, artifact: Artifact) -> TargetReport:
         with self.log.step(f"prove {artifact.plan.target.id}"):
-            return prove(original, artifact, shop, self.log.folder)
+            return proofs.of(artifact)
 
     def _gate(self, report: Report) -> None:
         failures = report.failures()
@@ -152,12 +153,15 @@ class _Build:
 
     @contextmanager
     def _scratch(self) -> Iterator[None]:
-        """The spool of this build; one that a kill left behind is of no use."""
-        shutil.rmtree(self.spool.folder, ignore_errors=True)
+        """What this build keeps only for itself; what a kill left of the build before is of no use."""
+        folders = (self.spool.folder, self.log.folder / "proof")
         try:
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
             yield
         finally:
-            shutil.rmtree(self.spool.folder, ignore_errors=True)
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def run_passes(plan: Plan, recipe: Recipe, settings: Settings, progress: Progress) -> tuple[State, Workshop]:
@@ -187,13 +191,50 @@ def exporter_of(container: str) -> Any:
     return exporter_for(container, judge=judge)
 
 
-def prove(original: Checkpoint, artifact: Artifact, shop: Workshop, scratch: Path) -> TargetReport:
-    """Every check of one artifact; `scratch` is for what the proof writes."""
-    from tightship.validators.prove import Prover
+class Proofs:
+    """Proofs of one build's artifacts against one original; what they share is computed once.
 
-    prover = Prover(original, artifact.compressed, shop.settings)
-    report: TargetReport = prover.prove(artifact.plan, artifact.directory, artifact.exported)
-    return report
+    Args:
+        original: the source as opened.
+        scratch: directory for what proofs write; removed by the caller.
+    """
+
+    def __init__(self, original: Checkpoint, shop: Workshop, scratch: Path) -> None:
+        self.original = original
+        self.shop = shop
+        self.scratch = scratch
+        self._provers: dict[int, Any] = {}
+        self._references: Any = None
+
+    def of(self, artifact: Artifact) -> TargetReport:
+        """Every check of one artifact."""
+        from tightship.validators.prove import Prover
+        from tightship.validators.references import References
+
+        settings = self._settings()
+        if self._references is None:
+            self._references = References(self.original, settings)
+        prover = self._provers.setdefault(
+            id(artifact.compressed), Prover(self.original, artifact.compressed, settings, self._references)
+        )
+        report: TargetReport = prover.prove(artifact.plan, artifact.directory, artifact.exported)
+        return report
+
+    def _settings(self) -> Any:
+        from tightship.validators.gates import parse_gates
+        from tightship.validators.references import ProofSettings
+
+        recipe, settings = self.shop.recipe, self.shop.settings
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        return ProofSettings(
+            text=settings.text,
+            gates=parse_gates(recipe.gates, recipe.path),
+            seed=recipe.seed,
+            threads=settings.threads,
+            memory=settings.max_memory,
+            scratch=self.scratch,
+            progress=self.shop.progress,
+        )
 
 
 def manifest_content(

@@ -122,11 +122,13 @@ def make_plan(recipe: Recipe, settings: Settings, *, progress: Progress = no_pro
     """
     from tightship.exporters import exporter_for
     from tightship.opening import open_checkpoint
+    from tightship.validators.gates import parse_gates
 
     if recipe.source is None:
         raise UsageError("no source is given", hint="name a directory, a hub id or a .gguf file")
     if not recipe.targets:
         raise UsageError("no target is given", hint="--to gguf, --to onnx or --to safetensors")
+    parse_gates(recipe.gates, recipe.path)
     stages, complaints = make_stages(recipe, allow_order=settings.allow_order)
     source = open_checkpoint(recipe.path(recipe.source), progress=progress)
     checkpoint = source

@@ -28,11 +28,18 @@ class Spool:
         self.folder = folder
         self._count = 0
         self._known: dict[int, tuple[Weight, Weight, dict[str, str]]] = {}
+        self._through: dict[int, tuple[Checkpoint, Checkpoint]] = {}
 
     def through(self, checkpoint: Checkpoint) -> Checkpoint:
-        """The same checkpoint, read through this spool. Weights that two checkpoints share are spooled once."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return checkpoint.replace(weights={name: self._weight(w) for name, w in checkpoint.weights.items()})
+        """The same checkpoint, read through this spool; the same object for the same object.
+
+        Weights that two checkpoints share are spooled once.
+        """
+        if id(checkpoint) not in self._through:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            weights = {name: self._weight(weight) for name, weight in checkpoint.weights.items()}
+            self._through[id(checkpoint)] = (checkpoint, checkpoint.replace(weights=weights))
+        return self._through[id(checkpoint)][1]
 
     def digests(self, checkpoint: Checkpoint) -> dict[str, str]:
         """Digest of each weight of a checkpoint that came from `through`: sha256 of what it says, container apart.

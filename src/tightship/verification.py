@@ -11,7 +11,7 @@ from typing import Any
 
 from tightship.errors import GateFailed, UsageError
 from tightship.manifest import rehash
-from tightship.pipeline import Artifact, environment, prove, run_passes, solved, summary
+from tightship.pipeline import Artifact, Proofs, environment, run_passes, solved, summary
 from tightship.plan import make_plan
 from tightship.recipe import SELF, Recipe
 from tightship.report import Report
@@ -73,13 +73,13 @@ def _again(
     reports = []
     with tempfile.TemporaryDirectory(prefix="tightship-verify-") as scratch:
         spool = Spool(Path(scratch) / "spool")
+        proofs = Proofs(spool.through(plan.source), shop, Path(scratch) / "proof")
         for target, written in zip(plan.targets, manifest["targets"], strict=True):
             compressed = spool.through(solved(target, state, shop))
             _compare(spool.digests(compressed), manifest["weights"][written["weights"]], written["id"])
             folder = directory / written["id"]
             exported = Exported(tuple(sorted_files(folder)), written["main"], written["graph_source"])
-            artifact = Artifact(target.plan, compressed, folder, exported)
-            reports.append(prove(plan.source, artifact, shop, Path(scratch)))
+            reports.append(proofs.of(Artifact(target.plan, compressed, folder, exported)))
     report = Report(list(state.log), reports, environment(settings), settings.accept_unproven)
     failures = report.failures()
     if failures:
