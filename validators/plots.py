@@ -48,7 +48,8 @@ def _decades(positive: np.ndarray) -> tuple[int, int]:
     if not positive.size:
         return -1, 0
     high = math.ceil(math.log10(positive.max()))
-    return max(math.floor(math.log10(positive.min())), high - 8) if positive.min() < 10.0**high else high - 1, high
+    low = min(math.floor(math.log10(positive.min())), high - 1)
+    return max(low, high - 8), high
 
 
 def _x(place: int, longest: int) -> float:
@@ -62,4 +63,5 @@ def _y(value: float, low: int, high: int) -> float:
 
 
 def _text(x: float, y: float, words: str, *, size: int = 11, anchor: str = "start", colour: str = "#333") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{colour}">{escape(words)}</text>'
+    place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}"'
+    return f'<text {place} fill="{colour}">{escape(words)}</text>'

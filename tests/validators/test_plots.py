@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import xml.etree.ElementTree as ElementTree
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -14,10 +14,9 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def points(svg: str) -> list[list[tuple[float, float]]]:
-    lines = ElementTree.fromstring(svg).iter(f"{SVG}polyline")
-    return [
-        [(float(x), float(y)) for x, y in (p.split(",") for p in (line.get("points") or "").split())] for line in lines
-    ]
+    lines = [line.get("points") or "" for line in ElementTree.fromstring(svg).iter(f"{SVG}polyline")]
+    pairs = [[pair.split(",") for pair in line.split()] for line in lines]
+    return [[(float(x), float(y)) for x, y in line] for line in pairs]
 
 
 def test_equal_ratios_are_equal_distances() -> None:

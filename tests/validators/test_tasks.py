@@ -169,12 +169,12 @@ def test_hidden_words(bert: ModelView) -> None:
 
 def test_classes_by_name_and_number(classifier: Checkpoint) -> None:
     examples = [Labelled(1, "a", "sad"), Labelled(2, "b", 1), Labelled(3, "c", "glad"), Labelled(4, "d", 0)]
-    scores = [[1, 0], [0, 2], [3, 0], [0, 0.5]]
+    scores = [[1, 0], [0, 2], [0.2, 0], [0, 0.5]]
     chosen, expected = [0, 1, 0, 1], [0, 1, 1, 0]
     found = {m: task_score(m, examples, classifier, one_by_one(scores)) for m in ("accuracy", "f1", "roc_auc")}
     assert found["accuracy"] == 0.5
     assert found["f1"] == pytest.approx(f1_score(expected, chosen))
-    assert found["roc_auc"] == pytest.approx(roc_auc_score(expected, [b - a for a, b in scores]))
+    assert found["roc_auc"] == pytest.approx(roc_auc_score(expected, [b - a for a, b in scores])) == 0.75
     with pytest.raises(Malformed, match="line 1: label 'bad' is not one of the model's: sad, glad"):
         task_score("accuracy", [Labelled(1, "a", "bad")], classifier, one_by_one(scores))
     with pytest.raises(Malformed, match="line 1: label 2 is not"):
