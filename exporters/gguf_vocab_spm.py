@@ -1,7 +1,8 @@
 """BPE over characters with byte fallback (`tokenizer.ggml.model` = llama), as SentencePiece makes it.
 
-tokenizer.json orders merges by pair, llama.cpp by the score of the piece that a pair makes. The two agree where the
-merges of one piece stand together; then the score is minus the place of its first merge. Anything else is refused.
+tokenizer.json orders merges by pair; llama.cpp joins any two pieces whose union is one, best score of the union first.
+The two agree where the merges of one piece stand together and are all the ways to cut it in two; then the score is
+minus the piece's place. Anything else is refused.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def vocabulary(files: TokenizerFiles) -> Vocabulary:
         "tokenizer.ggml.add_space_prefix": Field("bool", prefix),
         "tokenizer.ggml.remove_extra_whitespaces": Field("bool", False),
     }
-    return Vocabulary("llama", tokens, types, fields)
+    meta = prefix and (files.table.get("pre_tokenizer") or {}).get("type") == "Metaspace"
+    note = "a text that starts with a space gets a second one in front by llama.cpp, not by the tokenizer"
+    return Vocabulary("llama", tokens, types, fields, [note] if meta else [])
 
 
 def space_prefix(table: Mapping[str, Any]) -> bool:
@@ -87,9 +90,10 @@ def _scores(tokens: list[str], merges: list[Any]) -> list[float]:
     """Minus the rank of each piece among the pieces that merges make; -1e6 for what no merge makes.
 
     Raises:
-        Unsupported: the merges of one piece do not stand together.
+        Unsupported: the merges of one piece do not stand together, or one is missing.
     """
     ranks: dict[str, int] = {}
+    ways: dict[str, int] = {}
     last = None
     for pair in merges:
         left, right = pair.split(" ") if isinstance(pair, str) else pair
@@ -98,4 +102,10 @@ def _scores(tokens: list[str], merges: list[Any]) -> list[float]:
             raise Unsupported(f"the merges that make {piece!r} do not stand together, so no score says their order")
         last = piece
         ranks.setdefault(piece, len(ranks))
+        ways[piece] = ways.get(piece, 0) + 1
+    known = set(tokens)
+    for piece, count in ways.items():
+        possible = sum(piece[:i] in known and piece[i:] in known for i in range(1, len(piece)))
+        if possible != count:
+            raise Unsupported(f"{piece!r} is made by {count} merges, and llama.cpp would make it in {possible} ways")
     return [float(-ranks[t]) if t in ranks else -1e6 for t in tokens]

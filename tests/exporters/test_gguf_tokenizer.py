@@ -188,3 +188,66 @@ def test_nfc_is_noted(train: Callable, strings: list[str], tmp_path: Path) -> No
     checkpoint = with_tokenizer(train(normalizer={"type": "NFC"}))
     assert "NFC" in tokenizer_fields(checkpoint)[1][0]
     compare(checkpoint, strings, tmp_path)
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+SPACES = {
+    "llama-2": ({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, REPLACE]}, None),
+    "llama-2-new": (None, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}),
+    "gemma": (
+        REPLACE,
+        {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
+    ),
+}
+
+
+def sentence_piece(strings: list[str], spaces: str, folder: Path, *, complete: bool = True) -> Path:
+    """A BPE over characters with byte fallback whose merges are written as SentencePiece's are."""
+    from tokenizers import models, trainers
+
+    raw = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=1200, limit_alphabet=700, show_progress=False)
+    words = [word for text in strings for word in ("▁" + text).replace(" ", " ▁").split(" ") if "<" not in word]
+    raw.train_from_iterator(words, trainer)
+    model = json.loads(raw.to_str())["model"]
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{i:02X}>" for i in range(256)),
+        *sorted(model["vocab"], key=model["vocab"].get),
+    ]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    merges = []
+    for left, right in model["merges"]:
+        piece = left + right
+        cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece)) if piece[:i] in vocab and piece[i:] in vocab]
+        merges += sorted(cuts, key=lambda c: (vocab[c[0]], vocab[c[1]])) if complete else [(left, right)]
+    normalizer, pre = SPACES[spaces]
+    table = json.loads(raw.to_str())
+    table["model"] |= {"vocab": vocab, "merges": merges, "unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True}
+    table |= {"normalizer": normalizer, "pre_tokenizer": pre}
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    table["added_tokens"] = [{"id": i, "content": t, **special} for i, t in enumerate(("<unk>", "<s>", "</s>"))]
+    (folder / "tokenizer.json").write_text(json.dumps(table))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("spaces", SPACES)
+def test_sentence_piece(spaces: str, strings: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    checkpoint = with_tokenizer(sentence_piece(strings, spaces, folder), rows=1460)
+    ours = [text for text in strings if text and not any(t in text for t in ("<unk>", "<s>", "</s>"))]
+    if spaces == "llama-2-new":
+        assert "starts with a space" in tokenizer_fields(checkpoint)[1][0]
+        ours = [text for text in ours if text[0] not in " ▁"]
+    compare(checkpoint, ours, tmp_path)
+
+
+def test_merges_that_scores_cannot_say_are_refused(strings: list[str], tmp_path: Path) -> None:
+    checkpoint = with_tokenizer(sentence_piece(strings, "gemma", tmp_path, complete=False), rows=1460)
+    with pytest.raises(Unsupported, match="ways"):
+        tokenizer_fields(checkpoint)

@@ -1,0 +1,301 @@
+"""ONNX artifacts of the embedded checkpoints, judged by ONNX Runtime, onnxruntime-genai and transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from tightship.checkpoint import Checkpoint
+from tightship.dtypes import dtype
+from tightship.errors import Unsupported, UsageError
+from tightship.exporters.to_onnx import OnnxExporter, reference_graph
+from tightship.formats.layouts import parse_layout
+from tightship.opening import open_checkpoint
+from tightship.target import Exported, Target, TargetPlan, no_progress
+from tightship.validators.parity import judge
+from tightship.validators.runtimes import genai, onnx_runtime
+from tightship.weights import Alias, Dense, Factored, Quantized, Sum, Weight
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+EXPORTER = OnnxExporter(judge=judge)
+IDS = np.random.default_rng(0).integers(1, 1024, (2, 12))
+Build = Callable[..., tuple[Path, TargetPlan, Exported]]
+
+
+@pytest.fixture(scope="module")
+def ember() -> Checkpoint:
+    return open_checkpoint(EXAMPLES / "ember")
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Build:
+    """(checkpoint, scheme, options) -> artifact directory, plan, what was exported."""
+
+    def make(checkpoint: Checkpoint, scheme: str | None = None, **options: object) -> tuple[Path, TargetPlan, Exported]:
+        target = Target("onnx", scheme, options)
+        solved = rounded(checkpoint, EXPORTER.layout_for(checkpoint, target))
+        directory = tmp_path / f"{target.id}-{len(list(tmp_path.iterdir()))}"
+        directory.mkdir()
+        plan = EXPORTER.plan(solved, target)
+        return directory, plan, EXPORTER.export(solved, plan, directory, no_progress)
+
+    return make
+
+
+def rounded(checkpoint: Checkpoint, layouts: dict[str, object]) -> Checkpoint:
+    """Every tensor rounded to what the scheme wants."""
+    changed: dict[str, Weight] = {}
+    for name, layout in layouts.items():
+        value = checkpoint.resolve(name).value()
+        if isinstance(layout, str):
+            changed[name] = Dense.of(value.astype(dtype(layout).numpy))
+        else:
+            changed[name] = Quantized.of(layout, layout.quantize(value))
+    return checkpoint.with_weights(changed)
+
+
+def transformers_outputs(checkpoint: Checkpoint, directory: Path, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """transformers' own loader on the directory's files, decoded weights put in their place."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    kind = getattr(transformers, checkpoint.config["architectures"][0])
+    model = kind.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, weight in checkpoint.weights.items():
+            if not isinstance(weight, Alias):
+                model.get_parameter(name).copy_(torch.from_numpy(np.array(weight.value())))
+        out = model(torch.from_numpy(ids), output_hidden_states=True)
+    return {"logits": out.logits.numpy(), "last_hidden_state": out.hidden_states[-1].numpy()}
+
+
+def in_onnx_runtime(directory: Path, ids: np.ndarray, **job: object) -> dict[str, np.ndarray]:
+    whole = {"artifact": str(directory), "main": "model.onnx", "mode": "graph", **job}
+    return onnx_runtime.run(whole, {"input_ids": ids})[1]
+
+
+def relative_l2(got: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+def test_as_it_is_equals_transformers(ember: Checkpoint, build: Build) -> None:
+    """bf16 weights, stored as such; one pass and decoding; optimisations off and as shipped; and in genai."""
+    directory, _, exported = build(ember)
+    expected = transformers_outputs(ember, EXAMPLES / "ember", IDS)["logits"]
+    for mode in ("graph", "shipped"):
+        for want in ("outputs", "decode"):
+            assert relative_l2(in_onnx_runtime(directory, IDS, mode=mode, want=want)["logits"], expected) <= 1e-5
+    assert relative_l2(genai.run({"artifact": str(directory)}, {"input_ids": IDS})[1]["logits"], expected) <= 1e-5
+    assert exported.main == "model.onnx"
+    assert {"config.json", "genai_config.json", "tokenizer.json", "model.onnx_data"} <= set(exported.files)
+
+
+def test_padding_on_either_side_changes_nothing(ember: Checkpoint, build: Build) -> None:
+    directory, _, _ = build(ember)
+    alone = in_onnx_runtime(directory, IDS[:1, :5])["logits"][0]
+    for left in (False, True):
+        ids, mask = np.zeros((2, 12), np.int64), np.zeros((2, 12), np.int64)
+        kept = slice(7, None) if left else slice(5)
+        ids[0, kept], mask[0, kept], ids[1], mask[1] = IDS[0, :5], 1, IDS[1], 1
+        job = {"artifact": str(directory), "main": "model.onnx", "mode": "graph", "want": "decode", "prefill": 9}
+        padded = onnx_runtime.run(job, {"input_ids": ids, "attention_mask": mask})[1]["logits"][0, kept]
+        assert relative_l2(padded, alone) <= 1e-5
+
+
+@pytest.mark.parametrize("scheme", ["fp32", "fp16", "int4", "int8", "int2", "int4-portable", "int8-portable"])
+def test_schemes_compute_what_the_stored_weights_say(ember: Checkpoint, build: Build, scheme: str) -> None:
+    directory, plan, _ = build(ember, scheme)
+    solved = rounded(ember, EXPORTER.layout_for(ember, plan.target))
+    expected = transformers_outputs(solved, EXAMPLES / "ember", IDS)["logits"]
+    assert relative_l2(in_onnx_runtime(directory, IDS)["logits"], expected) <= 1e-5
+    assert relative_l2(in_onnx_runtime(directory, IDS, mode="shipped", want="decode")["logits"], expected) <= 0.05
+    stored = sum(t.nbytes for t in plan.tensors)
+    assert plan.file_bytes == stored <= (directory / "model.onnx_data").stat().st_size + 2048
+
+
+@pytest.mark.parametrize("word", ["int4", "int8-g64-asym", "int3-g16", "int6", "int4-channel"])
+def test_the_kernel_multiplies_with_the_layouts_values(ember: Checkpoint, build: Build, word: str) -> None:
+    """Each MatMulNBits of the file, cut out and applied to the identity, gives the layout's values, bit by bit."""
+    layout = parse_layout(word)
+    quantized = {i.name: Quantized.of(layout, layout.quantize(ember.resolve(i.name).value())) for i in ember.linears()}
+    directory, _, _ = build(ember.with_weights(quantized))
+    seen = 0
+    for name, operands, attributes in nodes_of(directory, "MatMulNBits"):
+        got = on_identity(operands, attributes)
+        arrays = quantized[name].read()
+        np.testing.assert_array_equal(got, layout.values(arrays).astype(np.float32).T)
+        seen += 1
+    assert seen == len(quantized)
+
+
+def nodes_of(directory: Path, op: str) -> list[tuple[str, dict[str, onnx.TensorProto], dict[str, int]]]:
+    """(tensor name, operands, attributes) of each node of a type."""
+    model = onnx.load(directory / "model.onnx")
+    initializers = {i.name: i for i in model.graph.initializer}
+    found = []
+    for node in model.graph.node:
+        if node.op_type == op:
+            operands = {name: initializers[name] for name in node.input if name in initializers}
+            tensor = next(iter(operands)).rsplit(".", 1)[0]
+            found.append((tensor, operands, {a.name: a.i for a in node.attribute}))
+    return found
+
+
+def on_identity(operands: dict[str, onnx.TensorProto], attributes: dict[str, int]) -> np.ndarray:
+    import onnxruntime as ort
+
+    width = attributes["K"]
+    settings = {**attributes, "accuracy_level": 0}
+    node = helper.make_node("MatMulNBits", ["A", *operands], ["Y"], domain="com.microsoft", **settings)
+    graph = helper.make_graph(
+        [node],
+        "one",
+        [helper.make_tensor_value_info("A", TensorProto.FLOAT, [width, width])],
+        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, None)],
+        list(operands.values()),
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"A": np.eye(width, dtype=np.float32)})[0])
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("word", ["q4_1", "int4"])
+def test_low_rank_and_free_minima(ember: Checkpoint, build: Build, word: str, portable: bool) -> None:
+    """Factors, a quantized base with a residual, and layouts with a minimum keep their values."""
+    layout = parse_layout(word)
+    rng = np.random.default_rng(1)
+    names = [i.name for i in ember.linears()]
+    changed: dict[str, Weight] = {}
+    for index, name in enumerate(names):
+        value = ember.resolve(name).value()
+        rows, cols = value.shape
+        left = Dense.of((rng.standard_normal((rows, 8)) * 0.05).astype(np.float32))
+        right = Dense.of((rng.standard_normal((8, cols)) * 0.05).astype(np.float32))
+        base = Quantized.of(layout, layout.quantize(value))
+        changed[name] = (base, Sum(base, Factored(left, right)), Factored(left, right))[index % 3]
+    mixed = ember.with_weights(changed)
+    directory, _, _ = build(mixed, profile="portable" if portable else "ort")
+    expected = transformers_outputs(mixed, EXAMPLES / "ember", IDS)["logits"]
+    assert relative_l2(in_onnx_runtime(directory, IDS)["logits"], expected) <= 1e-5
+    assert relative_l2(in_onnx_runtime(directory, IDS, want="decode")["logits"], expected) <= 1e-5
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int8-portable"])
+def test_quantized_embedding_shared_with_the_head(ember: Checkpoint, build: Build, scheme: str) -> None:
+    directory, plan, _ = build(ember, scheme, include=["embeddings", "head"])
+    solved = rounded(ember, EXPORTER.layout_for(ember, plan.target))
+    expected = transformers_outputs(solved, EXAMPLES / "ember", IDS)["logits"]
+    assert relative_l2(in_onnx_runtime(directory, IDS)["logits"], expected) <= 1e-5
+    names = [i.name for i in onnx.load(directory / "model.onnx", load_external_data=False).graph.initializer]
+    assert not [name for name in names if name.startswith("lm_head")]
+
+
+def test_portable_graphs_use_standard_operators_only(ember: Checkpoint, build: Build) -> None:
+    directory, _, _ = build(ember, "int4-portable")
+    model = onnx.load(directory / "model.onnx", load_external_data=False)
+    assert {node.domain for node in model.graph.node} == {""}
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 23)]
+    onnx.checker.check_model(str(directory / "model.onnx"))
+
+
+def test_greedy_text_of_genai_is_our_own_loops(ember: Checkpoint, build: Build) -> None:
+    directory, _, _ = build(ember, "int8")
+    prompt = IDS[0, :6]
+    graph = onnx_runtime.Graph(onnx_runtime.open_session(directory / "model.onnx", "shipped"))
+    theirs = genai.run({"artifact": str(directory), "want": "generate", "tokens": 16}, {"input_ids": prompt[None]})
+    kept = theirs[1]["tokens"][0]
+    assert kept[0] != -1
+    ours = graph.greedy(prompt, 16)
+    ended = np.flatnonzero(kept == -1)
+    stop = int(ended[0]) if len(ended) else 16
+    np.testing.assert_array_equal(kept[:stop], ours[:stop])
+
+
+def test_the_same_bytes_twice_and_no_word_of_the_machine(ember: Checkpoint, build: Build) -> None:
+    first, _, exported = build(ember, "int4")
+    second, _, _ = build(ember, "int4")
+    for name in exported.files:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    model = onnx.load(first / "model.onnx", load_external_data=False)
+    assert model.ir_version == 10
+    assert not model.producer_name
+    assert not model.metadata_props
+    text = (first / "model.onnx").read_bytes()
+    for word in (b"site-packages", b".py", b"/tmp", b"/root", b"/home", b"mobius"):
+        assert word not in text
+
+
+def test_tied_embedding_is_stored_once(ember: Checkpoint, build: Build) -> None:
+    directory, plan, _ = build(ember)
+    vocabulary = [t for t in plan.tensors if t.shape == (1024, 256)]
+    assert len(vocabulary) == 1
+    shapes = [tuple(i.dims) for i in onnx.load(directory / "model.onnx", load_external_data=False).graph.initializer]
+    assert shapes.count((1024, 256)) + shapes.count((256, 1024)) == 1
+
+
+def test_masked_language_model_gives_logits_and_hidden_states(build: Build) -> None:
+    bert = open_checkpoint(EXAMPLES / "ember-bert")
+    directory, plan, exported = build(bert, "int8")
+    solved = rounded(bert, EXPORTER.layout_for(bert, plan.target))
+    ids = IDS % 2048
+    expected = transformers_outputs(solved, EXAMPLES / "ember-bert", ids)
+    got = in_onnx_runtime(directory, ids)
+    for name in ("logits", "last_hidden_state"):
+        assert relative_l2(got[name], expected[name]) <= 1e-5
+    assert "genai_config.json" not in exported.files
+    assert nodes_of(directory, "MatMulNBits")
+
+
+def test_reference_graph_decodes_everything(ember: Checkpoint, tmp_path: Path) -> None:
+    layout = parse_layout("int4-g64-asym")
+    quantized = {i.name: Quantized.of(layout, layout.quantize(ember.resolve(i.name).value())) for i in ember.linears()}
+    mixed = ember.with_weights(quantized)
+    path = reference_graph(mixed, tmp_path, judge)
+    expected = transformers_outputs(mixed, EXAMPLES / "ember", IDS)["logits"]
+    assert relative_l2(in_onnx_runtime(path.parent, IDS)["logits"], expected) <= 1e-5
+    types = {i.data_type for i in onnx.load(path, load_external_data=False).graph.initializer}
+    assert types <= {TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL}
+
+
+def test_genai_config_has_no_key_of_our_own(ember: Checkpoint, build: Build) -> None:
+    directory, _, _ = build(ember)
+    config = json.loads((directory / "genai_config.json").read_text())
+    assert config["model"]["vocab_size"] == 1024
+    assert config["model"]["context_length"] == config["search"]["max_length"] == 512
+    assert config["model"]["decoder"]["num_key_value_heads"] == 2
+
+
+def test_unknown_words_are_refused(ember: Checkpoint) -> None:
+    with pytest.raises(UsageError, match="no scheme"):
+        EXPORTER.layout_for(ember, Target("onnx", "int5"))
+    with pytest.raises(UsageError, match="no option"):
+        EXPORTER.layout_for(ember, Target("onnx", "int4", {"group": 64}))
+    with pytest.raises(Unsupported, match="not made yet"):
+        EXPORTER.layout_for(ember, Target("onnx", "int8-dynamic"))
+    with pytest.raises(UsageError, match="judge"):
+        OnnxExporter().export(ember, EXPORTER.plan(ember, Target("onnx")), Path("nowhere"), no_progress)
+
+
+def test_a_layout_without_exact_form_is_refused_in_the_plan(ember: Checkpoint) -> None:
+    layout = parse_layout("int4-g8")
+    name = ember.linears()[0].name
+    mixed = ember.with_weights({name: Quantized.of(layout, layout.quantize(ember.resolve(name).value()))})
+    with pytest.raises(Unsupported, match="blocks of 16") as caught:
+        EXPORTER.plan(mixed, Target("onnx"))
+    assert caught.value.tensor == name
+
+
+def test_a_tensor_that_the_graph_would_drop_is_an_error(ember: Checkpoint, tmp_path: Path) -> None:
+    stranger = ember.with_weights({"lm_head.weight": Dense.of(np.zeros((1024, 256), np.float32))})
+    with pytest.raises(Unsupported, match="does not read") as caught:
+        EXPORTER.export(stranger, EXPORTER.plan(stranger, Target("onnx")), tmp_path, no_progress)
+    assert caught.value.tensor == "lm_head.weight"
