@@ -98,11 +98,17 @@ def quantizable(matrix: Matrix) -> bool:
 
 
 def choose(
-    word: str, matrices: Sequence[Matrix], model: Model, overrides: Mapping[str, str] | None = None
+    word: str,
+    matrices: Sequence[Matrix],
+    model: Model,
+    overrides: Mapping[str, str] | None = None,
+    *,
+    check: bool = True,
 ) -> dict[str, Choice]:
     """The type of every quantizable tensor. `matrices` are in the file's order: no block first, then by block and name.
 
-    `overrides` maps patterns, searched in GGUF names, to type words; the first that is found decides.
+    `overrides` maps patterns, searched in GGUF names, to type words; the first that is found decides. Without `check`
+    the types are told even where importance data are missing.
 
     Raises:
         UsageError: unknown scheme or type, or a bad pattern.
@@ -123,7 +129,8 @@ def choose(
         if not forced and role in seen:
             seen[role] += 1
         choices[matrix.name] = _fitting(wanted, matrix, f"override {forced}" if forced else f"{word}: {role}")
-        _check_importance(choices[matrix.name].type_name, entry, word, matrix, model)
+        if check:
+            _check_importance(choices[matrix.name].type_name, entry, word, matrix, model)
     return choices
 
 
