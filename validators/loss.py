@@ -92,13 +92,12 @@ def _check(
 ) -> Check:
     extra = {key: figures[key] for key in _EXTRA.get(name, ())} | {"text": windows.origin}
     gate = gates.measures.get(name)
+    bound: dict[str, Any] = {"op": "report"}
     if gate is not None:
         bound = {"op": gate.op, "threshold": gate.threshold, "source": "recipe"}
     elif name in tolerances().loss and not gates.has_budget:
         default = tolerances().loss[name]
         bound = {"op": default.op, "threshold": default.threshold, "source": NO_BUDGET}
-    else:
-        bound = {"op": "report"}
     return judge(**place, metric=name, value=figures[name], **bound, extra=extra)
 
 

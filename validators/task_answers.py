@@ -49,6 +49,14 @@ class Answers:
         return int(self.probabilities.shape[-1])
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote, and what it should have: one text an example each."""
+
+    texts: tuple[str, ...]
+    references: tuple[str, ...]
+
+
 def choose(examples: Sequence[Choice], checkpoint: Checkpoint, codec: Codec, logits: Logits) -> Answers:
     """Log-likelihood of each whole text, prompt and choice; what all texts of an example begin with cancels out."""
     if len({len(example.choices) for example in examples}) > 1:
@@ -62,7 +70,7 @@ def choose(examples: Sequence[Choice], checkpoint: Checkpoint, codec: Codec, log
             raise Malformed(f"line {example.line}: a choice adds no token of its own to the prompt")
         rows += [_within_context(text, checkpoint, example.line) for text in texts]
         starts += [start] * len(texts)
-    scores = []
+    scores: list[float] = []
     for ids, mask, found in _run(rows, checkpoint, logits):
         logs = log_softmax(found.astype(np.float64))
         for row, length in enumerate(mask.sum(1)):
@@ -111,7 +119,7 @@ def fill(examples: Sequence[Labelled], checkpoint: Checkpoint, codec: Codec, log
     return Answers(np.array(chosen), np.array(expected), np.empty((len(chosen), 0)))
 
 
-def write(examples: Sequence[Writing], checkpoint: Checkpoint, codec: Codec, logits: Logits) -> list[str]:
+def write(examples: Sequence[Writing], checkpoint: Checkpoint, codec: Codec, logits: Logits) -> Written:
     """Greedy continuations: up to NEW_TOKENS tokens or an end token; the first line where no reference has two."""
     ends = _end_tokens(checkpoint)
     rows = [_within_context([*codec.before, *codec.encode(e.prompt)], checkpoint, e.line) for e in examples]
@@ -132,9 +140,10 @@ def write(examples: Sequence[Writing], checkpoint: Checkpoint, codec: Codec, log
             texts[row].append(token)
         open_rows = [r for r in open_rows if texts[r][-1] not in ends]
     written = [codec.decode(text[length:]).strip() for text, length in zip(texts, lengths, strict=True)]
-    if any("\n" in example.reference.strip() for example in examples):
-        return written
-    return [text.partition("\n")[0] for text in written]
+    references = tuple(example.reference for example in examples)
+    if not any("\n" in reference.strip() for reference in references):
+        written = [text.partition("\n")[0] for text in written]
+    return Written(tuple(written), references)
 
 
 def _run(rows: Rows, checkpoint: Checkpoint, logits: Logits) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -8,19 +8,20 @@ bleu       corpus BLEU of greedy continuations, 0 to 100 (sacrebleu's default to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Malformed, Unsupported, UsageError
 from tightship.report import Check, judge
 from tightship.texts import codec_of
 from tightship.validators.gates import TaskGate
-from tightship.validators.task_answers import Answers, Logits, choose, classify, fill, write
+from tightship.validators.task_answers import Answers, Logits, Written, choose, classify, fill, write
 from tightship.validators.task_data import Choice, Example, Labelled, Writing, keys_of, read_examples
 
 _CLASS_METRICS = ("accuracy", "f1", "roc_auc")
 # (the model's task, kind of example) -> how it is asked, and the metrics that its answers allow
-_WAYS = {
+_WAYS: Mapping[tuple[str, type[Example]], tuple[Callable[..., Any], tuple[str, ...]]] = {
     ("text-generation", Choice): (choose, _CLASS_METRICS),
     ("text-generation", Writing): (write, ("bleu",)),
     ("fill-mask", Labelled): (fill, ("accuracy",)),
@@ -50,10 +51,7 @@ def task_score(metric: str, examples: Sequence[Example], checkpoint: Checkpoint,
     ask, allowed = _WAYS[task, kind]
     if metric not in allowed:
         raise UsageError(f"{metric} does not fit examples with {keys_of(kind)}; {' or '.join(allowed)} would")
-    answers = ask(examples, checkpoint, codec_of(checkpoint), logits)
-    if not isinstance(answers, Answers):
-        return _bleu(answers, [example.reference for example in examples])
-    return {"accuracy": _accuracy, "f1": _f1, "roc_auc": _roc_auc}[metric](answers)
+    return _METRICS[metric](ask(examples, checkpoint, codec_of(checkpoint), logits))
 
 
 def task_check(
@@ -108,7 +106,15 @@ def _roc_auc(answers: Answers) -> float:
     return float(roc_auc_score(answers.expected, answers.probabilities, multi_class="ovr", average="macro"))
 
 
-def _bleu(written: Sequence[str], references: Sequence[str]) -> float:
+def _bleu(written: Written) -> float:
     import sacrebleu
 
-    return float(sacrebleu.corpus_bleu(list(written), [list(references)]).score)
+    return float(sacrebleu.corpus_bleu(list(written.texts), [list(written.references)]).score)
+
+
+_METRICS: Mapping[str, Callable[[Any], float]] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "roc_auc": _roc_auc,
+    "bleu": _bleu,
+}
