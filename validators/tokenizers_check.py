@@ -13,7 +13,8 @@ The expectation is derived here from `tokenizer.json` alone, apart from the expo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -29,6 +30,16 @@ FILES = (
 )  # fmt: skip
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _WORD_START = "\u2581"
+_LONGEST_WORD = 100
+# GGUF model -> strings that llama.cpp's own code cuts in another way, whatever a file says: reported, not judged.
+LIMITS: Mapping[str, Mapping[str, Callable[[str], bool]]] = {
+    "bert": {
+        "combining marks": lambda text: any(unicodedata.combining(c) for c in text),
+        "Hangul": lambda text: any("HANGUL" in unicodedata.name(c, "") for c in text),
+        "U+2581": lambda text: _WORD_START in text,
+        "words of more than 100 characters": lambda text: any(len(w) > _LONGEST_WORD for w in text.split()),
+    },
+}
 _SHOWN = 60
 
 
@@ -69,7 +80,16 @@ def gguf_checks(
     stored = read_gguf_vocabulary(artifact)
     expected = expected_vocabulary(source, stored.model, len(stored.pieces))
     checks = list(_vocabulary_checks(target, expected, stored))
-    return [*checks, *encoding_checks(target, artifact, raw, [*probe_strings(), *texts], limits)]
+    strings = list(dict.fromkeys([*probe_strings(), *texts]))
+    beyond = {text: limit for text in strings if (limit := limit_of(stored.model, text))}
+    judged = [text for text in strings if text not in beyond]
+    checks += encoding_checks(target, artifact, raw, judged, limits)
+    return [*checks, *_limit_checks(target, artifact, raw, beyond, limits)]
+
+
+def limit_of(gguf_model: str, text: str) -> str | None:
+    """Which limit of llama.cpp's tokenizer a text runs into, None if none."""
+    return next((name for name, applies in LIMITS.get(gguf_model, {}).items() if applies(text)), None)
 
 
 def probe_strings() -> list[str]:
@@ -128,31 +148,49 @@ def encoding_checks(
     target: str, artifact: Path, tokenizer_json: bytes, texts: Sequence[str], limits: Limits
 ) -> list[Check]:
     """Ids of `texts` by tokenizers and by llama.cpp, with and without the special tokens that frame a text."""
+    checks = []
+    for framed in (True, False):
+        metric = "encoding_mismatches" if framed else "encoding_mismatches_unframed"
+        try:
+            expected, found = _both(artifact, tokenizer_json, texts, framed, limits)
+        except RuntimeMissing as error:
+            return [*checks, _not_run(target, str(error), metric)]
+        except RuntimeDied as error:
+            return [*checks, _count(target, "llama.cpp", metric, None, str(error))]
+        checks.append(_compare_ids(target, metric, texts, expected, found))
+    return checks
+
+
+def _both(
+    artifact: Path, tokenizer_json: bytes, texts: Sequence[str], framed: bool, limits: Limits
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Ids by tokenizers, and by llama.cpp."""
     from tokenizers import Tokenizer
 
     reference = Tokenizer.from_buffer(tokenizer_json)
     reference.no_truncation()
     reference.no_padding()
-    checks = []
-    for framed in (True, False):
-        job = {
-            "artifact": str(artifact.parent),
-            "main": artifact.name,
-            "want": "tokenize",
-            "texts": list(texts),
-            "add_special": framed,
-            "parse_special": True,
-        }
-        metric = "encoding_mismatches" if framed else "encoding_mismatches_unframed"
-        try:
-            answer, _ = run_child("llama_cpp", job, {}, limits=limits)
-        except RuntimeMissing as error:
-            return [*checks, _not_run(target, str(error), metric)]
-        except RuntimeDied as error:
-            return [*checks, _count(target, "llama.cpp", metric, None, str(error))]
-        expected = [e.ids for e in reference.encode_batch(list(texts), add_special_tokens=framed)]
-        checks.append(_compare_ids(target, metric, texts, expected, answer["ids"]))
-    return checks
+    where = {"artifact": str(artifact.parent), "main": artifact.name, "want": "tokenize", "texts": list(texts)}
+    answer, _ = run_child("llama_cpp", {**where, "add_special": framed, "parse_special": True}, {}, limits=limits)
+    encoded = reference.encode_batch(list(texts), add_special_tokens=framed)
+    return [e.ids for e in encoded], answer["ids"]
+
+
+def _limit_checks(
+    target: str, artifact: Path, tokenizer_json: bytes, beyond: Mapping[str, str], limits: Limits
+) -> Iterator[Check]:
+    """One figure for the strings that llama.cpp cannot cut as the source does: for the user's eyes."""
+    if not beyond:
+        return
+    try:
+        expected, found = _both(artifact, tokenizer_json, list(beyond), True, limits)
+    except (RuntimeMissing, RuntimeDied):  # the judged strings have said so already
+        return
+    hit = [limit for limit, want, got in zip(beyond.values(), expected, found, strict=True) if want != got]
+    yield judge(
+        target=target, runtime="llama.cpp", kind="tokenizer", metric="encoding_mismatches_by_its_limits",
+        value=len(hit), extra={"strings": len(beyond), "limits": sorted(set(hit))},
+    )  # fmt: skip
 
 
 def _compare_ids(
