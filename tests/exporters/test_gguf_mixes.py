@@ -24,8 +24,8 @@ from tightship.target import Target
 
 EMBER = Path(__file__).parents[2] / "examples" / "ember"
 WHOLE_FILE = [
-    "f32", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m",
-    "q5_k_s", "q5_k_m", "q6_k",
+    "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s",
+    "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0",
 ]  # fmt: skip
 # name -> architecture, layers, heads, key heads, experts, columns, whether there is an output.weight
 MODELS = {
