@@ -7,13 +7,12 @@ import importlib
 import re
 
 from tightship.errors import UsageError
+from tightship.formats.layouts.ggml_base import GgmlLayout
 from tightship.layout import Layout
 
-_MODULES = ("affine", "ggml_affine", "k_quants", "iq4", "ternary", "mx")
+_MODULES = ("affine", "ggml_affine", "k_quants", "iq4", "ternary", "mx", "iq_grid")
 for _module in _MODULES:
     importlib.import_module(f"tightship.formats.layouts.{_module}")
-
-_GGML = ("q4_1", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0", "mxfp4", "nvfp4")
 
 _INT = re.compile(r"int(?P<bits>[2-8])(?:-(?:g(?P<group>[1-9]\d*)|(?P<channel>channel)))?(?P<asym>-asym)?")
 
@@ -24,7 +23,7 @@ def _named() -> dict[str, dict[str, object]]:
         "q8_0": {"kind": "affine", "bits": 8},
         "q5_0": {"kind": "affine", "bits": 5},
         "q4_0": {"kind": "affine", "bits": 4},
-    } | {kind: {"kind": kind} for kind in _GGML}
+    } | {kind: {"kind": kind} for kind, layout in Layout.registry.items() if issubclass(layout, GgmlLayout)}
 
 
 def parse_layout(word: str) -> Layout:

@@ -14,11 +14,11 @@ import numpy as np
 
 from tightship.errors import Malformed, Unsupported
 from tightship.formats.layouts.affine import Affine
-from tightship.formats.packings import ggml_four_bit, ggml_k, ggml_legacy, ggml_ternary
+from tightship.formats.packings import ggml_four_bit, ggml_grid, ggml_k, ggml_legacy, ggml_ternary
 from tightship.formats.packings.ggml_block import BlockType
 from tightship.layout import Arrays, Layout
 
-_MODULES = (ggml_legacy, ggml_k, ggml_four_bit, ggml_ternary)
+_MODULES = (ggml_legacy, ggml_k, ggml_four_bit, ggml_ternary, ggml_grid)
 BLOCK_TYPES: dict[str, BlockType] = {t.name: t for module in _MODULES for t in module.TYPES}
 FLOAT_TYPES: dict[str, np.dtype] = {
     "F32": np.dtype("<f4"),

@@ -82,6 +82,38 @@ def test_q5_1_block_by_hand() -> None:
     assert pack_ggml("Q5_1", arrays, parse_layout("q5_1")).tobytes() == bytes(expected)
 
 
+def test_q4_k_block_by_hand() -> None:
+    scales, mins = [1, 2, 3, 63, 17, 33, 48, 62], [0, 63, 5, 32, 16, 1, 47, 20]
+    codes = np.zeros((1, 256), np.uint8)
+    codes[0, 0], codes[0, 32], codes[0, 95], codes[0, 255] = 5, 9, 3, 15
+    arrays = {
+        "codes": codes,
+        "d": np.array([[1.0]], np.float16),
+        "dmin": np.array([[-0.5]], np.float16),
+        "scales": np.array([scales], np.uint8),
+        "mins": np.array([mins], np.uint8),
+    }
+    expected = bytearray([0x00, 0x3C, 0x00, 0xB8])
+    # 17 = 1|0001, 33 = 2|0001, 48 = 3|0000, 62 = 3|1110 (upper pair | low nibble), mins 1|0000, 0|0001, 2|1111, 1|0100
+    expected += bytes([0x41, 0x82, 0xC3, 0xFF, 0x40, 0x3F, 0x85, 0x60, 0x01, 0x11, 0xF0, 0x4E])
+    expected += bytes([0x95, *[0] * 62, 0x03, *[0] * 63, 0xF0])
+    assert pack_ggml("Q4_K", arrays, parse_layout("q4_k")).tobytes() == bytes(expected)
+
+
+def test_q3_k_block_by_hand() -> None:
+    codes = np.full((1, 256), -4, np.int8)
+    codes[0, 0], codes[0, 33], codes[0, 255] = 3, -1, 0
+    scales = np.full((1, 16), -32, np.int8)
+    scales[0, 0], scales[0, 8], scales[0, 15] = 31, -31, 0
+    arrays = {"codes": codes, "d": np.array([[2.0]], np.float16), "scales": scales}
+    hmask, qs, packed = bytearray(32), bytearray(64), bytearray(12)
+    hmask[0], hmask[31] = 0x01, 0x80  # stored 7 and 4 have the third bit; weight 255 is 32 * 7 + 31
+    qs[0], qs[1] = 0x03, 0x03 << 2  # 7 & 3; -1 is stored 3, weight 33 is the second pair of byte 1
+    packed[0], packed[8] = 0x1F, 0x03  # 63 = 3|1111 and, for scale 8, 1 = 0|0001 in the high nibble
+    packed[11] = 0x02 << 6  # 32 = 2|0000: scale 15 is j % 4 == 3, j / 4 == 3
+    assert pack_ggml("Q3_K", arrays, parse_layout("q3_k")).tobytes() == bytes(hmask + qs + packed + b"\x00\x40")
+
+
 @pytest.mark.parametrize(
     ("word", "name"),
     [
