@@ -80,6 +80,8 @@ def checked_options(target: Target) -> Mapping[str, Any]:
     """
     options = target.options
     for key in options:
+        if key == "solver":  # said to every container of a quantizing scheme; it decides nothing here
+            continue
         if key not in OPTIONS:
             raise UsageError(f"safetensors has no option {key!r}{did_you_mean(key, OPTIONS)}")
         if key != "shard_size" and target.scheme not in INTEGERS:

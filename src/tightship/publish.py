@@ -79,11 +79,18 @@ class Publication:
             if self.output.exists():
                 self.output.rename(self._old)
             self.staging.rename(self.output)
-        finally:
-            if self._old.exists() and not self.output.exists():
-                self._old.rename(self.output)
-        flush_file(self.output.parent)
+            flush_file(self.output.parent)
+        except BaseException:
+            self._undo()
+            raise
         shutil.rmtree(self._old, ignore_errors=True)
+
+    def _undo(self) -> None:
+        """Back to how it was before the first rename, from wherever `publish` got to."""
+        if not self.staging.exists() and self.output.exists():
+            self.output.rename(self.staging)
+        if self._old.exists():
+            self._old.rename(self.output)
 
     def _beside(self, suffix: str) -> Path:
         return self.output.with_name(f".{self.output.name}.{suffix}")

@@ -21,9 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tightship.errors import UsageError
+from tightship.suggest import did_you_mean
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 DEVICES = ("cpu", "cuda")
+RUNTIMES = ("llama.cpp", "onnxruntime", "onnxruntime-genai", "transformers")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Settings:
         device = device or environment.get("TIGHTSHIP_DEVICE") or "cpu"
         if device not in DEVICES:
             raise UsageError(f"device {device!r} is unknown; known: {', '.join(DEVICES)}")
+        _check_runtimes(accept_unproven)
         limit = max_memory if max_memory is not None else environment.get("TIGHTSHIP_MAX_MEMORY")
         words = text or environment.get("TIGHTSHIP_TEXT")
         if words and not Path(words).is_file():
@@ -88,6 +91,15 @@ class Settings:
             allow_order=allow_order,
             accept_unproven=tuple(accept_unproven),
         )
+
+
+def _check_runtimes(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in RUNTIMES:
+            raise UsageError(
+                f"--accept-unproven {name}: no such runtime{did_you_mean(name, RUNTIMES)}",
+                hint=f"runtimes: {', '.join(RUNTIMES)}",
+            )
 
 
 def integer(name: str, environment: Mapping[str, str] = os.environ) -> int | None:
