@@ -51,6 +51,9 @@ class Case:
     prefill: int = 0
 
 
+Reference = tuple[Case, Arrays]
+
+
 class ParityJudge:
     """Judges candidates; keeps verdicts in memory and, with `cache`, in a directory."""
 
@@ -63,11 +66,13 @@ class ParityJudge:
 
         Raises:
             Unsupported: none passes; the message lists each candidate's reason.
+            Malformed: transformers itself cannot load a model with these tensors and this config.
         """
         small = small_checkpoint(checkpoint)
+        expected: list[Reference] = []
         found: list[Judgement] = []
         for candidate in candidates:
-            found.append(self._judged(candidate, small))
+            found.append(self._judged(candidate, small, expected))
             if found[-1].passed:
                 return Choice(candidate, tuple(found))
         reasons = "; ".join(f"{j.source}: {j.reason}" for j in found)
@@ -76,15 +81,20 @@ class ParityJudge:
             hint="GGUF and safetensors targets do not need a graph",
         )
 
-    def _judged(self, candidate: Candidate, small: Checkpoint) -> Judgement:
+    def _judged(self, candidate: Candidate, small: Checkpoint, expected: list[Reference]) -> Judgement:
+        """The verdict, remembered or found out; `expected` is filled when it is first needed."""
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         shapes = {name: list(w.shape) for name, w in small.weights.items() if hasattr(w, "shape")}
         key = digest_json(
             [candidate.source, candidate.rewrites, dict(small.config), small.architecture.task, shapes, versions]
         )
         if key not in self._memory:
-            self._memory[key] = self._read(key) or judge_candidate(candidate, small)
-            self._write(key, self._memory[key])
+            found = self._read(key)
+            if found is None:
+                expected[:] = expected or references(small)
+                found = judge_candidate(candidate, small, expected)
+                self._write(key, found)
+            self._memory[key] = found
         return self._memory[key]
 
     def _read(self, key: str) -> Judgement | None:
@@ -108,12 +118,12 @@ judge = ParityJudge()
 """What the pipeline injects into exporters when no cache directory is at hand."""
 
 
-def judge_candidate(candidate: Candidate, small: Checkpoint) -> Judgement:
+def judge_candidate(candidate: Candidate, small: Checkpoint, expected: Sequence[Reference]) -> Judgement:
     """The verdict on one candidate for one small model. Whatever the candidate raises is its refusal."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             write_candidate(candidate, small, Path(folder))
-            cases = measure(Path(folder) / "model.onnx", small)
+            cases = measure(Path(folder) / "model.onnx", expected)
     except Exception as error:
         return Judgement(candidate.source, False, None, f"{type(error).__name__}: {_first_line(error)}")
     limit = tolerances().parity[METRIC].threshold
@@ -130,9 +140,8 @@ def write_candidate(candidate: Candidate, small: Checkpoint, directory: Path) ->
     write_graph(skeleton, small, directory, Style())
 
 
-def measure(path: Path, small: Checkpoint, reference: Checkpoint | None = None) -> list[tuple[str, float]]:
-    """Relative L2 of every case in both modes, graph against transformers' module of `reference` (default `small`)."""
-    expected = references(reference or small)
+def measure(path: Path, expected: Sequence[Reference]) -> list[tuple[str, float]]:
+    """Relative L2 of every case in both modes, graph against the expected outputs."""
     found = []
     for mode in MODES:
         graph = Graph(open_session(path, mode))
@@ -146,7 +155,7 @@ def measure(path: Path, small: Checkpoint, reference: Checkpoint | None = None) 
     return found
 
 
-def references(small: Checkpoint) -> list[tuple[Case, Arrays]]:
+def references(small: Checkpoint) -> list[Reference]:
     """Every case with the outputs that transformers computes in one pass without a cache."""
     import torch
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tightship.architecture import Architecture
 from tightship.errors import Unsupported
-from tightship.exporters.onnx_candidates.graph_edits import OPSET, name_contract, split_gemms
+from tightship.exporters.onnx_candidates.graph_edits import OPSET, name_contract, quiet, split_gemms
 from tightship.exporters.onnx_candidates.skeleton import DECODER_TASKS, Feed, Skeleton, outputs_of
 from tightship.exporters.onnx_candidates.tensor_views import meta_tensors, view_of
 
@@ -71,6 +71,7 @@ def hollow_module(config: Mapping[str, Any], architecture: Architecture) -> Any:
     resolved._attn_implementation = "eager"
     with _parameters_on_meta():
         module = kind(resolved).eval()
+        module.tie_weights()
     hollow: dict[int, torch.nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():
@@ -89,7 +90,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
     def register(self: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
         original(self, name, parameter)
-        if parameter is not None:
+        if parameter is not None and not parameter.is_meta:  # one that is shared must stay the same object
             self._parameters[name] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
@@ -108,7 +109,7 @@ def _export(module: Any, architecture: Architecture) -> ir.Model:
     arguments, names, axes = _inputs(module, architecture.task, heads)
     cache = [f"{i}.{part}" for i in range(len(heads)) for part in ("key", "value")]
     outputs = [*outputs_of(architecture), *(f"present.{name}" for name in cache)]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), quiet("torch"):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             wrapper.eval(),
@@ -219,6 +220,7 @@ def _optimize(model: ir.Model) -> None:
     from onnxscript import optimizer, rewriter
     from onnxscript.rewriter.rules.fusion import _rms_normalization
 
-    optimizer.optimize_ir(model)
-    rewriter.rewrite(model, pattern_rewrite_rules=_rms_normalization.rms_normalization_rules)
-    optimizer.optimize_ir(model)
+    with quiet("onnx_ir", "onnxscript"):
+        optimizer.optimize_ir(model)
+        rewriter.rewrite(model, pattern_rewrite_rules=_rms_normalization.rms_normalization_rules)
+        optimizer.optimize_ir(model)

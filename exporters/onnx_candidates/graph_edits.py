@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from tightship.exporters.onnx_candidates.skeleton import BATCH, PAST, SEQUENCE, TOTAL
@@ -20,6 +23,20 @@ _AXES = {
     "last_hidden_state": (BATCH, SEQUENCE, None),
 }
 _CACHE = re.compile(r"(past_key_values|present)\.\d+\.(key|value)")
+
+
+@contextlib.contextmanager
+def quiet(*libraries: str) -> Iterator[None]:
+    """Let libraries report errors only: what they warn of here (weights without data) is meant so."""
+    loggers = [logging.getLogger(name) for name in libraries]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def inline_functions(model: ir.Model) -> None:
