@@ -23,7 +23,14 @@ from tightship.passes.masks import check_groups, parse_pattern
 from tightship.suggest import did_you_mean
 from tightship.weights import Alias, Dense, Factored, Quantized, Stored, Sum
 
-_METHODS = {"magnitude": "tightship.passes.prune_magnitude"}
+_METHODS = {
+    "magnitude": "tightship.passes.prune_magnitude",
+    "gradient": "tightship.passes.prune_gradient",
+    "sensitivity": "tightship.passes.prune_sensitivity",
+    "wanda": "tightship.passes.prune_wanda",
+    "sparsegpt": "tightship.passes.prune_sparsegpt",
+}
+_METHOD_OPTIONS = {"scope": "tensor", "schedule": "uniform", "score": None, "spread": None, "damp": None}
 
 
 class PruneMethod(ABC):
@@ -31,21 +38,26 @@ class PruneMethod(ABC):
 
     Class attributes:
         needs, revision: as of a pass.
+        options: which of `scope`, `schedule`, `score`, `spread` and `damp` it has.
     """
 
     needs: ClassVar[Needs] = "nothing"
     revision: ClassVar[int] = 1
+    options: ClassVar[frozenset[str]] = frozenset()
 
     def per_tensor(self, spec: Prune) -> bool:  # noqa: ARG002 - most methods do not look at it
         """Whether each tensor can be pruned apart from all others, cheaply."""
         return False
 
-    def check(self, spec: Prune) -> None:  # noqa: B027 - optional hook
+    def check(self, spec: Prune) -> None:
         """Refuse options that this method does not have.
 
         Raises:
             UsageError: naming the option.
         """
+        for option, default in _METHOD_OPTIONS.items():
+            if getattr(spec, option) != default and option not in self.options:
+                raise UsageError(f"prune: method {spec.method} has no {option}")
 
     @abstractmethod
     def prune(self, spec: Prune, checkpoint: Checkpoint, run: Run) -> Mapping[str, Stored]:
@@ -54,7 +66,11 @@ class PruneMethod(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Prune(Pass):
-    """See the module. `scope`: over what the count is taken."""
+    """See the module.
+
+    `scope`: over what the count is taken. `schedule`: how the calibrated methods share a global sparsity out among
+    tensors, by which `score`, and how far shares may lie apart (`spread`); see `schedules`. `damp`: see `hessian`.
+    """
 
     name: ClassVar[str] = "prune"
     makes: ClassVar[frozenset[str]] = frozenset({"mask"})
@@ -64,6 +80,10 @@ class Prune(Pass):
     sparsity: float | None = None
     pattern: str = "unstructured"
     scope: Literal["tensor", "row", "global"] = "tensor"
+    schedule: Literal["uniform", "log-kmeans", "owl", "water-fill"] = "uniform"
+    score: Literal["kl", "relative", "absolute"] | None = None
+    spread: float | None = None
+    damp: float | None = None
 
     def __post_init__(self) -> None:
         groups = parse_pattern(self.pattern)
@@ -77,6 +97,14 @@ class Prune(Pass):
             )
         if groups and self.scope != "tensor":
             raise UsageError(f"prune: pattern {self.pattern} counts within its groups; leave scope out")
+        if groups and self.schedule != "uniform":
+            raise UsageError(f"prune: pattern {self.pattern} leaves nothing to schedule; leave schedule out")
+        if self.schedule == "uniform" and (self.score is not None or self.spread is not None):
+            raise UsageError("prune: score and spread belong to a schedule other than uniform")
+        if self.spread is not None and not 0 < self.spread <= 0.5:
+            raise UsageError(f"prune: spread is a difference of shares, above 0 and at most 0.5; found {self.spread}")
+        if self.damp is not None and not 0 < self.damp <= 1:
+            raise UsageError(f"prune: damp is a share of the mean diagonal, above 0 and at most 1; found {self.damp}")
         self.solver.check(self)
 
     @property

@@ -23,6 +23,7 @@ class Magnitude(PruneMethod):
     """Score |w|."""
 
     needs: ClassVar[Needs] = "nothing"
+    options: ClassVar[frozenset[str]] = frozenset({"scope"})
 
     def per_tensor(self, spec: Prune) -> bool:
         return spec.scope != "global"
