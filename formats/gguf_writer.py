@@ -89,10 +89,10 @@ def write_gguf(
         file.write(header)
         done = len(header)
         for tensor in tensors:
-            progress(tensor.name, done, total)
+            progress(f"write gguf: {tensor.name}", done, total)
             digests[tensor.name] = _write_tensor(file, tensor, whole)
             done += padded(tensor.nbytes, DEFAULT_ALIGNMENT)
-    progress("done", total, total)
+    progress("write gguf", total, total)
     return WrittenGguf(total, whole.hexdigest(), digests)
 
 

@@ -100,7 +100,7 @@ def write_onnx(
                 if offset is not None:
                     stream.write(bytes(offset - stream.tell()))
                     _stream(item, stream)
-                progress(f"onnx: {item.name}", done + 1, len(initializers))
+                progress(f"write onnx: {item.name}", done + 1, len(initializers))
     for item, offset in zip(initializers, offsets, strict=True):
         _announce(model, item, offset, f"{name}_data")
     with open(directory / name, "xb") as stream:

@@ -4,9 +4,6 @@
 2. Tensor names, module names of activations and alias owners are renumbered without holes.
 3. config.json: the layer count is lowered, lists with one entry a layer lose theirs, lists of layer numbers are
    renumbered. A config that derives a layer's kind from its *position* is refused, since dropping would shift it.
-
-Block influence (ShortGPT, arXiv:2403.03853, eq. 1): BI_i = 1 - mean cosine between the hidden states that enter and
-leave block i. It needs the model and calibration text.
 """
 
 from __future__ import annotations
@@ -66,13 +63,14 @@ class DropLayers(Pass):
             raise UsageError(f"drop-layers: {leaving} of {total} layers cannot be dropped; at least one must stay")
         _check_position(checkpoint.config)
 
-    def apply(self, checkpoint: Checkpoint, run: Run) -> Checkpoint:  # noqa: ARG002
-        if self.layers is None:
-            raise Unsupported(
-                "drop-layers: choosing layers by block influence is not available",
-                hint="name them: {use: drop-layers, with: {layers: [...]}}",
-            )
-        return drop(checkpoint, self.layers)
+    def apply(self, checkpoint: Checkpoint, run: Run) -> Checkpoint:
+        if self.layers is not None:
+            return drop(checkpoint, self.layers)
+        from tightship.passes.block_influence import least_influential
+
+        chosen = least_influential(checkpoint, int(self.count or 0), run)
+        dropped = drop(checkpoint, chosen)
+        return dropped.replace(history=(*dropped.history, {"dropped": list(chosen)}))
 
     def outline(self, checkpoint: Checkpoint) -> Checkpoint:
         if self.layers is not None:

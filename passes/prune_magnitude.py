@@ -94,13 +94,13 @@ def _global_cut(tensors: Mapping[str, Dense | Quantized], sparsity: float, run: 
     names = sorted(tensors)
     highs = np.zeros(1 << 16, np.int64)
     for done, name in enumerate(names):
-        run.progress("prune: global threshold", done, 2 * len(names))
+        run.progress("global threshold", done, 2 * len(names))
         highs += np.bincount(_bits(name, tensors[name]) >> 16, minlength=1 << 16)
     bucket = int(np.searchsorted(np.cumsum(highs), max(wanted, 1)))
     before = int(highs[:bucket].sum())
     lows: dict[str, np.ndarray] = {}
     for done, name in enumerate(names):
-        run.progress("prune: global threshold", len(names) + done, 2 * len(names))
+        run.progress("global threshold", len(names) + done, 2 * len(names))
         bits = _bits(name, tensors[name])
         lows[name] = np.bincount(bits[bits >> 16 == bucket] & 0xFFFF, minlength=1 << 16)
     together = np.sum(list(lows.values()), axis=0)

@@ -65,6 +65,12 @@ class BlockStep:
 
         self._view(name).copy_(torch.from_numpy(np.ascontiguousarray(weight.value())))
 
+    def passages(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What enters and what leaves the block as it is now: pairs of (windows, length, hidden) float32."""
+        with self._walk.view.computing():
+            for batch in self._walk.batches:
+                yield batch.hidden, self._walk.run(self.index, batch).cpu()
+
     def observe(self, observer: Observer) -> None:
         """Run the block on all its inputs and show every multiplication with its linears; outputs are dropped.
 

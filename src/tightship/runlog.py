@@ -65,13 +65,13 @@ class RunLog:
         self.write("step", what=what, state="done", seconds=round(time.monotonic() - started, 3), rss_bytes=rss())
 
     def progress(self, onward: Progress) -> Progress:
-        """A `Progress` that remembers where the build is and passes it on."""
+        """A `Progress` that remembers where the build is and passes it on, without details."""
 
         def advance(what: str, done: int, total: int) -> None:
             if what != self._doing[0]:
                 self.write("at", what=what, rss_bytes=rss())
             self._doing = (what, done, total)
-            onward(what, done, total)
+            onward(what.partition(": ")[0], done, total)
 
         return advance
 

@@ -105,7 +105,7 @@ class Exported:
 
 
 Progress = Callable[[str, int, int], None]
-"""progress(what, done, total): called often, drawn by the caller."""
+"""progress(what, done, total): called often, drawn by the caller. `what` is a task, or `task: detail` (a tensor)."""
 
 
 def no_progress(what: str, done: int, total: int) -> None:

@@ -209,7 +209,7 @@ def test_runtimes_accepted_unproven_must_exist(build: Callable[..., pipeline.Bui
         build(QUANTIZE, accept_unproven=["llama-cpp"])
 
 
-@pytest.mark.parametrize("what", ["plan", "pass prune", "blk.0.ffn_down.weight", "write safetensors"])
+@pytest.mark.parametrize("what", ["plan", "pass prune", "write gguf", "write safetensors"])
 def test_ctrl_c_leaves_nothing(build: Callable[..., pipeline.Built], tmp_path: Path, what: str) -> None:
     def interrupt(doing: str, _done: int, _total: int) -> None:
         if what in (doing, "plan"):

@@ -78,7 +78,47 @@ def test_kinds_by_position_are_refused(tiny: Callable[[str], Checkpoint], extra:
         dropped(before.replace(config={**before.config, "layer_types": None, **extra}), 0)
 
 
-def test_a_count_is_outlined_and_needs_calibration(tiny: Callable[[str], Checkpoint]) -> None:
+def test_a_count_is_outlined_without_text(tiny: Callable[[str], Checkpoint]) -> None:
     step = pass_for("drop-layers", {"count": 1})
     assert step.needs == "calibration"
     assert step.outline(tiny("llama")).config["num_hidden_layers"] == 1
+
+
+def test_influence_is_that_of_transformers_hidden_states(
+    tiny: Callable[[str], Checkpoint], tiny_directory: Callable[[str], Path]
+) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from tightship.passes.block_influence import block_influences, least_influential
+    from tightship.passes.calibration import calibration_windows
+
+    run = Run(tokens=128, sequence=32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny_directory("llama"), dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    entering: dict[int, list[object]] = {0: [], 1: []}
+    leaving: dict[int, list[object]] = {0: [], 1: []}
+
+    def note(number: int) -> Callable[..., None]:  # output_hidden_states would give the last one behind the norm
+        def hook(_module: object, inputs: tuple[object, ...], output: object) -> None:
+            entering[number].append(inputs[0])
+            leaving[number].append(output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(note(number))
+    with torch.no_grad():
+        for window in calibration_windows(tiny("llama"), run):
+            model(torch.from_numpy(window)[None], use_cache=False)
+    expected = []
+    for number in (0, 1):
+        before, after = (torch.cat(states, dim=1).double() for states in (entering[number], leaving[number]))
+        expected.append(1 - float(torch.nn.functional.cosine_similarity(before, after, dim=-1).mean()))
+    found = block_influences(tiny("llama"), run)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    least = int(np.argmin(expected))
+    assert least_influential(tiny("llama"), 1, run) == (least,)
+    after = pass_for("drop-layers", {"count": 1}).apply(tiny("llama"), run)
+    assert after.history[-1] == {"dropped": [least]}
+    assert after.config["num_hidden_layers"] == 1
