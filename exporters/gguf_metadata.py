@@ -56,13 +56,25 @@ def general_fields(checkpoint: Checkpoint, arch: str) -> tuple[dict[str, Field],
         fields["tightship.source.revision"] = Field("str", source.revision)
     notes = []
     lowered = checkpoint.name.lower()
-    # The loader turns on whitespace rules of Phi-3's tokenizer for every model whose name holds this word.
-    if arch != "phi3" and ("phi-3" in lowered or "phi3" in lowered):
+    named = "phi-3" in lowered or "phi3" in lowered
+    # The loader turns on whitespace rules of Phi-3's tokenizer for every model whose name holds this word, and breaks
+    # off where its special tokens are not in the vocabulary.
+    wanted = arch == "phi3" and _has_phi3_tokens(checkpoint.files)
+    if named and not wanted:
         del fields["general.name"]
         notes.append(f"general.name is left out: {checkpoint.name!r} would make llama.cpp tokenize as for Phi-3")
-    if arch == "phi3" and "phi-3" not in lowered and "phi3" not in lowered:
+    if wanted and not named:
         fields["general.name"] = Field("str", f"phi-3 {checkpoint.name}")
     return fields, notes
+
+
+def _has_phi3_tokens(files: Mapping[str, bytes]) -> bool:
+    """Whether the tokenizer is Phi-3's own (Phi-4-mini has its architecture and another tokenizer)."""
+    name = "tokenizer.json"
+    if name not in files:
+        return False
+    tokens = {entry.get("content") for entry in strict_json(files[name], name).get("added_tokens", ())}
+    return {"</s>", "<unk>", "<s>", "<|endoftext|>"} <= tokens
 
 
 def closing_fields(file_type: str | None) -> dict[str, Field]:
@@ -151,10 +163,7 @@ def _check_features(checkpoint: Checkpoint, gguf: Mapping[str, Any], length: int
             f"attend to all {length}",
             hint=f"set the target's context to {window} (with: {{context: {window}}}), where the two are the same",
         )
-    for rule in gguf.get("requires", ()):
-        value = config.get(rule["key"])
-        if value is not None and value not in rule["allowed"]:
-            raise Unsupported(f"config {rule['key']} = {value!r} is not for GGUF: {rule['why']}")
+    checkpoint.architecture.check_gguf(config)
     mapped = _mapped_keys(checkpoint)
     for key, neutral in _NEUTRAL.items():
         if key in config and key not in mapped and config[key] not in neutral:
@@ -175,7 +184,8 @@ def active_window(config: Mapping[str, Any]) -> int | None:
 def _mapped_keys(checkpoint: Checkpoint) -> set[str]:
     options = checkpoint.architecture.config.values()
     words = {word for option in options for word in ([option] if isinstance(option, str) else option)}
-    refused = {str(rule["key"]) for rule in checkpoint.architecture.refuses}
+    rules = (*checkpoint.architecture.refuses, *(checkpoint.architecture.gguf or {}).get("requires", ()))
+    refused = {str(rule["key"]) for rule in rules}
     return {word.split(".")[-1] for word in words | refused}
 
 

@@ -41,6 +41,8 @@ def rope(config: Mapping[str, Any], hyper: Mapping[str, Any], gguf: Mapping[str,
         Malformed: a parameter is missing.
     """
     given = _parameters(config)
+    local = _local(given, gguf)
+    given = given.get("full_attention", given)
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in gguf["rope_types"]:
         raise Unsupported(
@@ -48,12 +50,12 @@ def rope(config: Mapping[str, Any], hyper: Mapping[str, Any], gguf: Mapping[str,
         )
     width = int(hyper.get("rope_dim", _partial(config, given) * int(hyper["head_dim"])))
     base = float(given.get("rope_theta", config.get("rope_theta", hyper.get("rope_theta", 10000.0))))
-    fields = {"rope.dimension_count": Field("u32", width), "rope.freq_base": Field("f32", base)}
+    fields = {"rope.dimension_count": Field("u32", width), "rope.freq_base": Field("f32", base), **local}
     if kind == "linear":
         scaling = {"type": Field("str", "linear"), "factor": Field("f32", _need(given, "factor"))}
         return Rope(fields | _scaling(scaling))
     if kind == "llama3":
-        factors = {"rope_freqs.weight": _llama3(given, base, width)}
+        factors = {"rope_freqs.weight": llama3_factors(given, base, width)}
         return Rope(fields | _scaling({"type": Field("str", "none")}), factors)
     if kind == "yarn":
         return Rope(fields | _scaling(_yarn(given, hyper)))
@@ -68,10 +70,25 @@ def _parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(given, Mapping):
         raise Malformed(f"config.json: rope_parameters must be an object, found {given!r}")
-    nested = [key for key, value in given.items() if isinstance(value, Mapping)]
-    if nested:
-        raise Unsupported(f"rope parameters that differ by layer type ({', '.join(nested)}) are not mapped to GGUF")
     return {key: value for key, value in given.items() if value is not None}
+
+
+def _local(given: Mapping[str, Any], gguf: Mapping[str, Any]) -> dict[str, Field]:
+    """Where layers differ: the base of the sliding ones, which the loader never scales.
+
+    Raises:
+        Unsupported: other kinds of layers, a loader without them, or sliding layers that are scaled.
+    """
+    nested = {key: value for key, value in given.items() if isinstance(value, Mapping)}
+    if not nested:
+        return {}
+    sliding = dict(nested.get("sliding_attention", {}))
+    base = sliding.pop("rope_theta", None)
+    if set(nested) != {"full_attention", "sliding_attention"} or gguf["window"] != "read" or base is None:
+        raise Unsupported(f"rope parameters that differ by layer type ({', '.join(nested)}) are not mapped to GGUF")
+    if sliding.get("rope_type", "default") != "default":
+        raise Unsupported(f"llama.cpp's {gguf['arch']} does not scale sliding layers, config.json says {sliding}")
+    return {"rope.freq_base_swa": Field("f32", float(base))}
 
 
 def _partial(config: Mapping[str, Any], given: Mapping[str, Any]) -> float:
@@ -88,7 +105,7 @@ def _scaling(fields: Mapping[str, Field]) -> dict[str, Field]:
     return {f"rope.scaling.{key}": value for key, value in fields.items()}
 
 
-def _llama3(given: Mapping[str, Any], base: float, width: int) -> np.ndarray:
+def llama3_factors(given: Mapping[str, Any], base: float, width: int) -> np.ndarray:
     """(width / 2,) float32: what each frequency is divided by (Llama 3.1's smooth interpolation)."""
     factor, low, high, original = (
         _need(given, key)

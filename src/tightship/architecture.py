@@ -87,8 +87,16 @@ class Architecture:
     def hyper(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Canonical hyper-parameters of a concrete config.json.
 
-        Each entry of `config` is a key name, or a list of alternatives tried in order; an alternative starting with
-        `=` is an expression over what was already found, one starting with `#` counts the entries under a key.
+        Each entry of `config` is an alternative, or a list of alternatives tried in order:
+
+        | alternative          | value                                                            |
+        |----------------------|------------------------------------------------------------------|
+        | `key` or `a.b`       | the config's, unless absent or null                              |
+        | `#key`               | number of entries under the key                                  |
+        | `key==word`          | list of 1 and 0, whether each entry of the key's list is `word`  |
+        | `=expression`        | computed from what was already found                             |
+        | `none`               | None                                                             |
+        | any of them`?key`    | only if the config's key is true                                 |
 
         Raises:
             Malformed: none of the alternatives is there.
@@ -97,12 +105,9 @@ class Architecture:
         for name, alternatives in self.config.items():
             options = [alternatives] if isinstance(alternatives, str) else list(alternatives)
             for option in options:
-                if option.startswith("="):
-                    found[name] = literal(option[1:], found)
-                    break
-                value = _dig(config, option.removeprefix("#"))
-                if value is not None:
-                    found[name] = len(value) if option.startswith("#") else value
+                value = _alternative(option, config, found)
+                if value is not None or option == "none":
+                    found[name] = value
                     break
             else:
                 raise Malformed(
@@ -157,8 +162,33 @@ class Architecture:
     def _refuse(self, rules: Iterable[Mapping[str, Any]], config: Mapping[str, Any], where: str) -> None:
         for rule in rules:
             value = _dig(config, rule["key"])
-            if value is not None and value not in rule["allowed"]:
+            if value is None:
+                continue
+            if not self._agrees(value, rule, config):
                 raise Unsupported(f"{self.family}: {rule['key']} = {value!r} is not supported{where}: {rule['why']}")
+
+    def _agrees(self, value: Any, rule: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+        if "full_every" in rule:  # layer_types: every n-th layer sees everything, the others a window
+            period = int(rule["full_every"])
+            return all((entry == "full_attention") == (i % period == 0) for i, entry in enumerate(value, 1))
+        if "equals" in rule:
+            return bool(value == literal(rule["equals"], self.hyper(config)))
+        return value not in rule.get("refused", ()) and ("allowed" not in rule or value in rule["allowed"])
+
+
+def _alternative(option: str, config: Mapping[str, Any], found: Mapping[str, Any]) -> Any:
+    option, _, condition = option.partition("?")
+    if option == "none" or (condition and not _dig(config, condition)):
+        return None
+    if option.startswith("="):
+        return literal(option[1:], found)
+    key, _, word = option.removeprefix("#").partition("==")
+    value = _dig(config, key)
+    if value is None:
+        return None
+    if word:
+        return [int(entry == word) for entry in value]
+    return len(value) if option.startswith("#") else value
 
 
 def literal(expression: str, hyper: Mapping[str, Any]) -> Any:

@@ -1,0 +1,118 @@
+"""Further families through llama.cpp: experts, fused matrices, shifted norms, windows, soft caps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tightship.errors import Unsupported
+from tightship.exporters.to_gguf import GgufExporter
+from tightship.modelview import ModelView
+from tightship.opening import open_checkpoint
+from tightship.target import Target
+from tightship.validators.llama_gelu import llama_gelus
+
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+GEMMA = {**SIZES, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
+FALCON = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [2.0 + 0.5 * i for i in range(8)],
+    "original_max_position_embeddings": 64,
+}
+HALF_UNIT = 2.0**-11  # of a float16, relative
+EXACT: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": (
+        "MixtralForCausalLM",
+        {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    ),
+    "phi3": ("Phi3ForCausalLM", {**SIZES, "pad_token_id": 0, "sliding_window": None}),
+    "phi3-longrope": ("Phi3ForCausalLM", {**SIZES, "pad_token_id": 0, "sliding_window": None, "rope_parameters": LONG}),
+}
+GELU: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma2": ("Gemma2ForCausalLM", {**GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
+    "gemma2-uncapped": (
+        "Gemma2ForCausalLM",
+        {**GEMMA, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+    ),
+    "gemma3": ("Gemma3ForCausalLM", {**GEMMA, "num_hidden_layers": 6}),
+    "gemma3-scaled": (
+        "Gemma3ForCausalLM",
+        {
+            **GEMMA,
+            "num_hidden_layers": 6,
+            "final_logit_softcapping": 3.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 3e3},
+            },
+        },
+    ),
+    "falcon-7b": ("FalconForCausalLM", FALCON),
+    "falcon-40b": ("FalconForCausalLM", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-11b": (
+        "FalconForCausalLM",
+        {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "falcon-separate": ("FalconForCausalLM", {**FALCON, "multi_query": False}),
+}
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Relative L2 distance of each position."""
+    distance = np.linalg.norm(found.astype(np.float64) - expected, axis=-1)
+    return distance / np.linalg.norm(expected.astype(np.float64), axis=-1)
+
+
+@pytest.mark.parametrize("name", [*EXACT, *GELU])
+def test_logits_are_those_of_transformers(
+    name: str, save_model: Callable, byte_level: Path, to_file: Callable, in_llama_cpp: Callable
+) -> None:
+    checkpoint = open_checkpoint(save_model(*{**EXACT, **GELU}[name], byte_level))
+    _, file = to_file(checkpoint)
+    ids = np.random.default_rng(1).integers(3, 500, (2, 40))
+    view = ModelView(checkpoint)
+    with llama_gelus(view.module()):
+        expected = view.outputs(ids)["logits"]
+    distances = relative(in_llama_cpp(file, ids)["logits"], expected)
+    if name in GELU:  # read from a float16 table: an input on the other side of a step jumps by half a unit
+        assert np.median(distances) <= HALF_UNIT
+    else:
+        assert distances.max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("class_name", "config", "key"),
+    [
+        ("Gemma2ForCausalLM", {**GEMMA, "query_pre_attn_scalar": 32}, "query_pre_attn_scalar"),
+        ("Gemma2ForCausalLM", {**GEMMA, "num_hidden_layers": 46}, "num_hidden_layers"),
+        ("Gemma2ForCausalLM", {**GEMMA, "tie_word_embeddings": False}, "tie_word_embeddings"),
+        ("Gemma2ForCausalLM", {**GEMMA, "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("Gemma3ForCausalLM", {**GEMMA, "layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
+        ("Gemma3ForCausalLM", {**GEMMA, "num_hidden_layers": 62}, "num_hidden_layers"),
+        ("Gemma3ForCausalLM", {**GEMMA, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("FalconForCausalLM", {**FALCON, "alibi": True}, "alibi"),
+        ("FalconForCausalLM", {**FALCON, "bias": True}, "bias"),
+        ("FalconForCausalLM", {**FALCON, "parallel_attn": False}, "parallel_attn"),
+    ],
+)
+def test_what_the_graph_does_not_compute_is_refused(
+    class_name: str, config: dict[str, Any], key: str, save_model: Callable, byte_level: Path
+) -> None:
+    checkpoint = open_checkpoint(save_model(class_name, config, byte_level))
+    with pytest.raises(Unsupported, match=key):
+        GgufExporter().plan(checkpoint, Target("gguf"))
