@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -95,6 +95,28 @@ def steps(pre: Mapping[str, Any] | None) -> list[list[Any]]:
         "Punctuation": ["punctuation", pre.get("behavior", "Isolated").lower()],
     }
     return [known_steps.get(pre["type"], [pre["type"]])]
+
+
+def pre_tokenizer_json(cuts: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """The inverse of `steps`: a pre-tokenizer as tokenizer.json writes it."""
+    makers: dict[str, Callable[..., dict[str, Any]]] = {
+        "split": lambda regex, behavior, inverted: {
+            "type": "Split",
+            "pattern": {"Regex": regex},
+            "behavior": behavior.capitalize(),
+            "invert": inverted,
+        },
+        "bytes": lambda regex, space: {
+            "type": "ByteLevel",
+            "add_prefix_space": space,
+            "trim_offsets": True,
+            "use_regex": regex,
+        },
+        "digits": lambda individual: {"type": "Digits", "individual_digits": individual},
+        "punctuation": lambda behavior: {"type": "Punctuation", "behavior": behavior.capitalize()},
+    }
+    parts = [makers[kind](*rest) for kind, *rest in cuts]
+    return parts[0] if len(parts) == 1 else {"type": "Sequence", "pretokenizers": parts}
 
 
 def _names(normalizer: Mapping[str, Any] | None) -> list[str]:

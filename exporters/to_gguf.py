@@ -6,6 +6,7 @@ Quantized layouts go in as they are; a scheme is what llama-quantize calls a fil
 |------------|--------------------------------------------------------------------------------------------------|
 | overrides  | {pattern in the GGUF name: type}; the first that is found decides                                 |
 | context    | a shorter context length; makes a sliding window harmless that the loader would ignore            |
+| shard_bytes| data bytes of one file; larger models become NAME-00001-of-0000N.gguf ...                         |
 | solver     | how a scheme is solved; anything but `rtn` counts as importance for the rules of the scheme       |
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tightship.exporters.gguf_rope import rope
 from tightship.exporters.gguf_tensors import FileTensor, chunks, file_order, file_tensors, stored_type
 from tightship.exporters.gguf_tokenizer import tokenizer_fields
 from tightship.formats.gguf_file import Field
+from tightship.formats.gguf_shards import cut, shards_bytes, write_shards
 from tightship.formats.gguf_writer import TensorToWrite, file_bytes, write_gguf
 from tightship.formats.layouts import parse_layout
 from tightship.formats.packings.ggml import FLOAT_TYPES, ggml_type_for
@@ -72,7 +74,9 @@ class GgufExporter:
             TensorPlan(t.name, t.name, t.shape, "f32", "F32", t.nbytes, "computed from config") for t in computed
         ]
         types = {p.stored_as: p.storage for p in planned}
-        size = file_bytes(fields, _in_order([_to_write(t, types[t.name]) for t in tensors], computed))
+        listed = _in_order([_to_write(t, types[t.name]) for t in tensors], computed)
+        limit = _shard_limit(target)
+        size = shards_bytes(fields, listed, limit) if _is_sharded(listed, limit) else file_bytes(fields, listed)
         return TargetPlan(target, tuple(planned), size, tuple(notes))
 
     def export(
@@ -88,17 +92,34 @@ class GgufExporter:
         tensors = file_tensors(checkpoint)
         fields, _ = _fields(checkpoint, plan.target, [p.storage for p in plan.tensors])
         listed = _in_order([_to_write(t, types[t.name]) for t in tensors], _computed(checkpoint))
-        main = file_name(checkpoint, plan.target)
-        written = write_gguf(directory / main, fields, listed, progress)
+        stem, limit = file_stem(checkpoint, plan.target), _shard_limit(plan.target)
+        if _is_sharded(listed, limit):
+            written = write_shards(directory, stem, fields, listed, limit=limit, progress=progress)
+        else:
+            written = {f"{stem}.gguf": write_gguf(directory / f"{stem}.gguf", fields, listed, progress)}
+        main = min(written)
         (directory / "Modelfile").write_text(f"FROM ./{main}\n", encoding="utf-8")
         fallbacks = sum("needs rows in blocks" in p.reason for p in plan.tensors)
-        details = {"sha256": written.sha256, "fallbacks": fallbacks, "notes": list(plan.notes)}
+        digests = {name: file.sha256 for name, file in written.items()}
+        details = {"sha256": digests, "fallbacks": fallbacks, "notes": list(plan.notes)}
         return Exported(tuple(sorted_files(directory)), main, details=details)
 
 
-def file_name(checkpoint: Checkpoint, target: Target) -> str:
-    """`NAME.gguf`, or with the scheme in upper case."""
-    return f"{checkpoint.name}-{target.scheme.upper()}.gguf" if target.scheme else f"{checkpoint.name}.gguf"
+def file_stem(checkpoint: Checkpoint, target: Target) -> str:
+    """`NAME`, or `NAME-SCHEME` with the scheme in upper case."""
+    return f"{checkpoint.name}-{target.scheme.upper()}" if target.scheme else checkpoint.name
+
+
+def _shard_limit(target: Target) -> int:
+    """Data bytes of one file; 0 means one file for everything."""
+    limit = target.options.get("shard_bytes", 0)
+    if not isinstance(limit, int) or limit < 0:
+        raise UsageError(f"shard_bytes must be a number of bytes, found {limit!r}")
+    return limit
+
+
+def _is_sharded(tensors: Sequence[TensorToWrite], limit: int) -> bool:
+    return limit > 0 and len(cut(tensors, limit)) > 1
 
 
 def _choices(checkpoint: Checkpoint, target: Target, tensors: list[FileTensor]) -> Mapping[str, gguf_mixes.Choice]:

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, dequantize
 
-from tightship.formats.gguf_file import GgufTensor, read_gguf
+from tightship.formats.gguf_file import GgufTensor
+from tightship.formats.gguf_shards import read_shards
 from tightship.formats.gguf_writer import TensorToWrite, write_gguf
 
 _CHUNK_WEIGHTS = 1 << 22
@@ -26,11 +27,12 @@ def as_float32(path: Path, directory: Path) -> Path:
         Malformed: the file breaks a rule of the container.
         NotImplementedError: the gguf package cannot decode a type.
     """
-    source = read_gguf(path)
+    source = read_shards(path)
     if all(t.type_name == "F32" for t in source.tensors.values()):
         return path
-    target = directory / path.name
-    write_gguf(target, source.fields, [_widened(tensor) for tensor in source.tensors.values()])
+    target = directory / "float32.gguf"
+    fields = {key: field for key, field in source.fields.items() if not key.startswith("split.")}
+    write_gguf(target, fields, [_widened(tensor) for tensor in source.tensors.values()])
     return target
 
 

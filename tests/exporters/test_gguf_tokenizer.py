@@ -22,16 +22,6 @@ from tightship.target import Target, no_progress
 from tightship.weights import Dense
 
 EMBER = Path(__file__).parents[2] / "examples" / "ember"
-CUTS = {
-    "digits": lambda individual: {"type": "Digits", "individual_digits": individual},
-    "punctuation": lambda behavior: {"type": "Punctuation", "behavior": behavior.capitalize()},
-    "bytes": lambda regex, space: {
-        "type": "ByteLevel", "add_prefix_space": space, "trim_offsets": True, "use_regex": regex,
-    },
-    "split": lambda regex, behavior, inverted: {
-        "type": "Split", "pattern": {"Regex": regex}, "behavior": behavior.capitalize(), "invert": inverted,
-    },
-}  # fmt: skip
 
 
 def with_tokenizer(folder: Path, rows: int = 512, **edits: Any) -> Checkpoint:
@@ -81,9 +71,7 @@ def test_ember(strings: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("entry", gguf_vocab_bpe.known(), ids=lambda e: e["pre"])
 def test_every_known_pre_tokenizer(entry: dict[str, Any], train: Callable, strings: list[str], tmp_path: Path) -> None:
-    parts = [CUTS[kind](*rest) for kind, *rest in entry["cuts"]]
-    pre = parts[0] if len(parts) == 1 else {"type": "Sequence", "pretokenizers": parts}
-    folder = train(pre, ignore_merges=entry["ignore_merges"])
+    folder = train(gguf_vocab_bpe.pre_tokenizer_json(entry["cuts"]), ignore_merges=entry["ignore_merges"])
     checkpoint = with_tokenizer(folder)
     fields, notes = tokenizer_fields(checkpoint)
     assert fields["tokenizer.ggml.pre"].value == entry["pre"]

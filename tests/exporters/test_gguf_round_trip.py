@@ -1,0 +1,95 @@
+"""Checkpoint -> GGUF -> checkpoint for every family that has a GGUF form: the same weights, the same logits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from tightship.errors import Unsupported
+from tightship.exporters.gguf_tokenizer import tokenizer_fields
+from tightship.exporters.gguf_tokenizer_files import tokenizer_files
+from tightship.gguf_source import open_gguf
+from tightship.modelview import ModelView
+from tightship.opening import open_checkpoint
+from tightship.weights import Alias
+
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+MODELS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {**SIZES, "attention_bias": True, "mlp_bias": True}),
+    "llama-tied": ("LlamaForCausalLM", {**SIZES, "head_dim": 32, "tie_word_embeddings": True}),
+    "llama-rope3": ("LlamaForCausalLM", {**SIZES, "rope_parameters": LLAMA3}),
+    "llama-yarn": ("LlamaForCausalLM", {**SIZES, "rope_parameters": YARN}),
+    "qwen2": ("Qwen2ForCausalLM", SIZES),
+    "qwen3": ("Qwen3ForCausalLM", {**SIZES, "head_dim": 16}),
+    "mixtral": ("MixtralForCausalLM", {**SIZES, **EXPERTS}),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_and_logits_come_back(name: str, save_model: Callable, byte_level: Path, to_file: Callable) -> None:
+    original = open_checkpoint(save_model(*MODELS[name], byte_level))
+    back = open_gguf(to_file(original)[1])
+    assert back.architecture.family == original.architecture.family
+    assert set(back.weights) == set(original.weights)
+    for key, weight in original.weights.items():
+        assert isinstance(weight, Alias) == isinstance(back.weights[key], Alias)
+        assert np.array_equal(original.resolve(key).value(), back.resolve(key).value()), key
+    ids = np.random.default_rng(0).integers(3, 500, (1, 24))
+    first, second = (ModelView(c).outputs(ids)["logits"] for c in (original, back))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_bert_lacks_its_pooler(save_model: Callable, word_piece: Callable, to_file: Callable) -> None:
+    checkpoint = open_checkpoint(save_model("BertModel", {**SIZES, "vocab_size": 2048}, word_piece(True)))
+    with pytest.raises(Unsupported, match="lacks tensors"):
+        open_gguf(to_file(checkpoint)[1])
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_word_piece_comes_back(lowercase: bool, word_piece: Callable, strings: list[str], save_model: Callable) -> None:
+    folder = word_piece(lowercase)
+    checkpoint = open_checkpoint(save_model("BertModel", {**SIZES, "vocab_size": 2048}, folder))
+    fields, _ = tokenizer_fields(checkpoint)
+    files = tokenizer_files({key: field.value for key, field in fields.items()})
+    first, second = (Tokenizer.from_str(f["tokenizer.json"].decode()) for f in (checkpoint.files, files))
+    assert [e.ids for e in first.encode_batch(strings)] == [e.ids for e in second.encode_batch(strings)]
+
+
+def test_bos_comes_back(train: Callable, save_model: Callable, to_file: Callable, tmp_path: Path) -> None:
+    folder = train()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": True}))
+    back = open_gguf(to_file(open_checkpoint(save_model("LlamaForCausalLM", SIZES, folder)))[1])
+    for name, data in back.files.items():
+        (tmp_path / name).write_bytes(data)
+    ours = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert ours.encode("a").ids[0] == 0
+    assert json.loads(back.files["tokenizer_config.json"])["add_bos_token"] is True
