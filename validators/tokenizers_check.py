@@ -1,21 +1,10 @@
-"""Does the artifact cut text into the same ids? Metadata id by id, then real strings through both tokenizers.
-
-The expectation is derived here from `tokenizer.json` alone, apart from the exporter's code.
-
-| tokenizer.json model     | GGUF model | piece stored                          | scores          | merges        |
-|--------------------------|------------|---------------------------------------|-----------------|---------------|
-| BPE, byte level          | gpt2       | as it is                              | -               | rank by rank  |
-| BPE, byte fallback       | llama      | as it is                              | order of merges | -             |
-| Unigram                  | t5, llama  | as it is                              | as they are     | -             |
-| WordPiece                | bert       | `##x` as `x`, word starts behind `▁`  | -               | -             |
-"""
+"""Does the artifact cut text into the same ids? Metadata id by id, then real strings through both tokenizers."""
 
 from __future__ import annotations
 
 import json
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,35 +12,30 @@ from typing import Any
 from tightship.checkpoint import Checkpoint
 from tightship.report import Check, judge, not_run
 from tightship.validators.runtimes.child import Limits, RuntimeDied, RuntimeMissing, run_child
+from tightship.validators.tokenizer_vocabulary import (
+    UNUSED,
+    WORD_START,
+    Vocabulary,
+    expected_vocabulary,
+    read_gguf_vocabulary,
+)
 
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-_WORD_START = "\u2581"
+
 _LONGEST_WORD = 100
 # GGUF model -> strings that llama.cpp's own code cuts in another way, whatever a file says: reported, not judged.
 LIMITS: Mapping[str, Mapping[str, Callable[[str], bool]]] = {
     "bert": {
         "combining marks": lambda text: any(unicodedata.combining(c) for c in text),
         "Hangul": lambda text: any("HANGUL" in unicodedata.name(c, "") for c in text),
-        "U+2581": lambda text: _WORD_START in text,
+        "U+2581": lambda text: WORD_START in text,
         "words of more than 100 characters": lambda text: any(len(w) > _LONGEST_WORD for w in text.split()),
     },
 }
 _SHOWN = 60
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """One entry per id; `types` are llama.cpp's token types; `scores` and `merges` are None where not stored."""
-
-    model: str
-    pieces: list[str]
-    types: list[int]
-    scores: list[float] | None
-    merges: list[str] | None
 
 
 def file_checks(checkpoint: Checkpoint, target: str, directory: Path) -> list[Check]:
@@ -96,52 +80,6 @@ def probe_strings() -> list[str]:
     """Strings of many scripts, whitespace, code, emoji and special tokens, as shipped."""
     groups = json.loads((resources.files("tightship.validators") / "probe_strings.json").read_text("utf-8"))
     return [text for group in groups.values() for text in group]
-
-
-def expected_vocabulary(source: Mapping[str, Any], gguf_model: str, size: int) -> Vocabulary:
-    """What a GGUF of `gguf_model` with `size` ids must say, from a parsed tokenizer.json.
-
-    Ids that tokenizer.json does not name (padding of the embedding) are expected to be unused.
-    """
-    model = source["model"]
-    by_id = _pieces_by_id(model)
-    added = {int(entry["id"]): entry for entry in source.get("added_tokens") or ()}
-    unknown = _unknown_id(model, by_id)
-    pieces, types = [], []
-    for index in range(size):
-        if index in added:
-            pieces.append(added[index]["content"])
-            types.append(CONTROL if added[index]["special"] else USER_DEFINED)
-        elif index in by_id:
-            pieces.append(_stored_piece(by_id[index], gguf_model))
-            types.append(NORMAL)
-        else:
-            pieces.append("")
-            types.append(UNUSED)
-        if gguf_model in ("llama", "t5"):
-            types[-1] = _sentencepiece_type(types[-1], pieces[-1], index == unknown)
-    scores = [float(entry[1]) for entry in model["vocab"]] if model.get("type") == "Unigram" else None
-    merges = [_merge(entry) for entry in model["merges"]] if gguf_model == "gpt2" else None
-    return Vocabulary(gguf_model, pieces, types, scores, merges)
-
-
-def read_gguf_vocabulary(artifact: Path) -> Vocabulary:
-    """The vocabulary as gguf's own reader finds it in the published file."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(artifact).fields
-
-    def contents(key: str) -> Any:
-        field = fields.get(f"tokenizer.ggml.{key}")
-        return None if field is None else field.contents()
-
-    return Vocabulary(
-        str(contents("model")),
-        list(contents("tokens") or ()),
-        list(contents("token_type") or ()),
-        contents("scores"),
-        contents("merges"),
-    )
 
 
 def encoding_checks(
@@ -236,36 +174,6 @@ def _list_differences(expected: Sequence[str], found: Sequence[str]) -> list[int
     shared = min(len(expected), len(found))
     wrong = [i for i in range(shared) if expected[i] != found[i]]
     return wrong + list(range(shared, max(len(expected), len(found))))
-
-
-def _pieces_by_id(model: Mapping[str, Any]) -> dict[int, str]:
-    vocab = model["vocab"]
-    if isinstance(vocab, list):
-        return {index: str(entry[0]) for index, entry in enumerate(vocab)}
-    return {int(index): piece for piece, index in vocab.items()}
-
-
-def _unknown_id(model: Mapping[str, Any], by_id: Mapping[int, str]) -> int | None:
-    if model.get("unk_id") is not None:
-        return int(model["unk_id"])
-    return next((i for i, piece in by_id.items() if piece == model.get("unk_token")), None)
-
-
-def _stored_piece(piece: str, gguf_model: str) -> str:
-    if gguf_model != "bert":
-        return piece
-    return piece[2:] if piece.startswith("##") else _WORD_START + piece
-
-
-def _sentencepiece_type(kind: int, piece: str, is_unknown: bool) -> int:
-    if is_unknown:
-        return UNKNOWN
-    is_byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
-    return BYTE if is_byte and kind == NORMAL else kind
-
-
-def _merge(entry: str | Sequence[str]) -> str:
-    return entry if isinstance(entry, str) else " ".join(entry)
 
 
 def _same_bytes(path: Path, expected: bytes) -> bool:

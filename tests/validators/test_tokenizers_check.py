@@ -18,7 +18,7 @@ from tightship.formats.gguf_writer import TensorToWrite, write_gguf
 from tightship.opening import open_checkpoint
 from tightship.report import Check
 from tightship.target import Target
-from tightship.validators import tokenizers_check
+from tightship.validators import tokenizer_vocabulary, tokenizers_check
 from tightship.validators.runtimes.child import Limits
 
 EMBER = Path(__file__).resolve().parents[2] / "examples" / "ember"
@@ -149,11 +149,11 @@ def test_wordpiece_and_sentencepiece_terms() -> None:
             {"id": 3, "content": "[SEP]", "special": True},
         ],
     }
-    found = tokenizers_check.expected_vocabulary(wordpiece, "bert", 5)
+    found = tokenizer_vocabulary.expected_vocabulary(wordpiece, "bert", 5)
     assert found.pieces == ["[UNK]", "▁play", "ing", "[SEP]", ""]
     assert found.types == [3, 1, 1, 3, 5]
     unigram = {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["<0x0A>", -1.0], ["▁a", -2.5]]}}
-    found = tokenizers_check.expected_vocabulary(unigram, "t5", 3)
+    found = tokenizer_vocabulary.expected_vocabulary(unigram, "t5", 3)
     assert found.types == [2, 6, 1]
     assert found.scores == [0.0, -1.0, -2.5]
 
