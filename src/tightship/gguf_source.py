@@ -7,6 +7,7 @@ metadata. Nothing is decoded: a Q4_K tensor stays Q4_K.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,8 @@ def open_gguf(path: str | Path, progress: Progress = no_progress) -> Checkpoint:
     architecture = _family(file.metadata)
     config = _config(architecture, file.metadata, file.tensors)
     weights = _weights(architecture, config, file.tensors)
-    name = str(file.metadata.get("general.name") or path.stem)
     checkpoint = Checkpoint(
-        name=name.replace("/", "-").replace("\\", "-").strip(". ") or "model",
+        name=_name(str(file.metadata.get("general.name") or path.stem)),
         config=config,
         weights=weights,
         files=tokenizer_files(file.metadata),
@@ -51,6 +51,11 @@ def open_gguf(path: str | Path, progress: Progress = no_progress) -> Checkpoint:
     architecture.check_supported(config)
     check_tensors(checkpoint)
     return checkpoint
+
+
+def _name(text: str) -> str:
+    """A file's own word for itself as a part of file names: letters, digits and `._+-`, nothing hidden or long."""
+    return re.sub(r"[^\w.+-]+", "-", text).strip(".-")[:96] or "model"
 
 
 def _family(metadata: Metadata) -> Architecture:

@@ -139,3 +139,13 @@ def test_files_that_are_no_checkpoint(
     broken = rewritten(path, tmp_path / "x.gguf", **changes)
     with pytest.raises(kind, match=message):
         open_checkpoint(broken)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("../../etc/passwd", "etc-passwd"), ("a\0b\\c d", "a-b-c-d"), ("...", "model"), ("n" * 300, "n" * 96)],
+)
+def test_the_name_in_the_file_is_no_path(name: str, expected: str, tmp_path: Path) -> None:
+    path = written(open_checkpoint(EMBER), tmp_path / "a")
+    renamed = rewritten(path, tmp_path / "x.gguf", {"general.name": Field("str", name)})
+    assert open_checkpoint(renamed).name == expected
