@@ -72,12 +72,14 @@ class OnnxFile:
         metadata: IR version, opsets, inputs, outputs, operators counted, producer.
         initializers: by name, in file order.
         files: external data files, relative.
+        weights: numbers that the initializers stand for: packed codes unpacked, scales and zero points left out.
     """
 
     path: Path
     metadata: Mapping[str, Any]
     initializers: Mapping[str, StoredTensor]
     files: tuple[str, ...]
+    weights: int
 
 
 def read_onnx(path: Path) -> OnnxFile:
@@ -100,7 +102,7 @@ def read_onnx(path: Path) -> OnnxFile:
     for tensor in _constants(model):
         _stored(tensor, path.parent)
     files = sorted({t.location for t in found.values() if t.location})
-    return OnnxFile(path, _metadata(model), found, tuple(files))
+    return OnnxFile(path, _metadata(model), found, tuple(files), _weights(model, found))
 
 
 def _parse(path: Path) -> onnx.ModelProto:
@@ -297,6 +299,18 @@ def _elements(data: bytes, name: str, kind: int, dims: tuple[int, ...], expected
     half = 1 << (bits - 1)
     values = (codes.astype(np.int8) ^ half) - half if signed else codes
     return values.astype(element).reshape(dims)
+
+
+def _weights(model: onnx.ModelProto, held: Mapping[str, StoredTensor]) -> int:
+    counts = {name: math.prod(tensor.shape) for name, tensor in held.items()}
+    for node in model.graph.node:
+        names = [*node.input, *[""] * 5]
+        sizes = {a.name: a.i for a in node.attribute}
+        beside = {"MatMulNBits": names[2:], "DequantizeLinear": names[1:], "GatherBlockQuantized": names[2:]}
+        counts.update({name: 0 for name in beside.get(node.op_type, ()) if name in held})
+        if node.op_type == "MatMulNBits" and names[1] in held:
+            counts[names[1]] = max(0, sizes.get("K", 0)) * max(0, sizes.get("N", 0))
+    return sum(counts.values())
 
 
 def _metadata(model: onnx.ModelProto) -> dict[str, Any]:

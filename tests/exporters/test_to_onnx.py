@@ -19,6 +19,7 @@ from tightship.exporters.onnx_candidates.mobius_graphs import MobiusCandidate
 from tightship.exporters.onnx_storage import Style
 from tightship.exporters.to_onnx import OnnxExporter, reference_graph
 from tightship.formats.layouts import parse_layout
+from tightship.formats.onnx_file import read_onnx
 from tightship.opening import open_checkpoint
 from tightship.target import Exported, Target, TargetPlan, no_progress
 from tightship.validators.parity import judge
@@ -304,3 +305,12 @@ def test_a_tensor_that_the_graph_would_drop_is_an_error(ember: Checkpoint, tmp_p
     with pytest.raises(Unsupported, match="does not read") as caught:
         write_graph(skeleton, stranger, tmp_path, Style())
     assert caught.value.tensor == "lm_head.weight"
+
+
+def test_the_strict_reader_opens_our_files(ember: Checkpoint, build: Build) -> None:
+    directory, plan, _ = build(ember, "int4")
+    file = read_onnx(directory / "model.onnx")
+    assert file.files == ("model.onnx_data",)
+    assert file.metadata["opsets"] == {"ai.onnx": 23, "com.microsoft": 1}
+    logical = sum(int(np.prod(t.shape)) for t in plan.tensors)
+    assert logical <= file.weights <= logical + 2 * 512 * 32 + 64  # rotary tables and shape constants on top
