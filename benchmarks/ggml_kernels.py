@@ -5,7 +5,8 @@
 Ours is the whole way from float32 weights to the bytes of the file (search, codes, packing), compiled before the clock
 starts; libggml's is `ggml_quantize_chunk` of the xllamacpp wheel, built for baseline x86-64 as every llama.cpp release
 builds that file. The two alternate; the least CPU time of the repeats counts. The bytes of both are compared too.
-Writes `ggml_kernels.json` and `ggml_kernels.md`.
+Writes `ggml_kernels.json` and `ggml_kernels.md`; with NUMBA_CPU_NAME set (`haswell`, together with
+NUMBA_CPU_FEATURES=+avx2,+fma, is a CPU without AVX-512) the files carry that name too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import llvmlite.binding
+import numba
 import numpy as np
 
 from tightship.formats import libggml
@@ -73,8 +76,8 @@ def markdown(result: dict) -> str:
     lines = [
         "# GGML quantization, millions of weights a second, one thread",
         "",
-        f"{result['weights']} Gaussian weights, {result['processor']}, numba {result['numba']}, "
-        f"xllamacpp {result['xllamacpp']}. Written by `benchmarks/ggml_kernels.py`.",
+        f"{result['weights']} Gaussian weights, {result['processor']}, compiled for {result['compiled_for']}, "
+        f"numba {result['numba']}, xllamacpp {result['xllamacpp']}. Written by `benchmarks/ggml_kernels.py`.",
         "",
         "| type | importance | tightship | libggml | ratio | same bytes |",
         "|---|---|---:|---:|---:|---|",
@@ -108,6 +111,7 @@ def main() -> None:
     result = {
         "weights": w.size,
         "processor": processor(),
+        "compiled_for": numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name(),
         "numba": version("numba"),
         "xllamacpp": version("xllamacpp"),
         "cells": cells,
@@ -116,8 +120,9 @@ def main() -> None:
         "losing": [f"{c['type']}{' with importance' if c['importance'] else ''}" for c in cells if c["ratio"] < 1],
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "ggml_kernels.json").write_text(json.dumps(result, indent=2) + "\n")
-    (options.out / "ggml_kernels.md").write_text(markdown(result))
+    name = "ggml_kernels" + (f"-{numba.config.CPU_NAME}" if numba.config.CPU_NAME else "")
+    (options.out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (options.out / f"{name}.md").write_text(markdown(result))
 
 
 if __name__ == "__main__":

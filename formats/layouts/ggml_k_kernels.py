@@ -20,7 +20,7 @@ from tightship.formats.layouts.ggml_search import (
     TINY,
     affine,
     clamp,
-    descent,
+    descents,
     gather,
     mean_square,
     peak,
@@ -221,15 +221,17 @@ def q3_blocks(
 def q3_blocks_plain(first: int, last: int, w: Any, d: Any, scales: Any, codes: Any) -> None:
     """Q3_K without importance; its codes come from a descent, so they are written: int8 (B, 256)."""
     parts = SUPER // 16
-    x, own = np.empty((SUPER, 16), np.float32), np.empty((16, 16), np.float32)
+    x, own = np.empty((SUPER, 16), np.float32), np.empty((32, 16), np.float32)
     found, scale_codes = np.empty((parts, 16), np.float32), np.empty((parts, 16), np.float32)
     end = np.empty((1, 16), np.float32)
     for block in range(first, last, 16):
         gather(w, block, last, SUPER, last, x)
-        for j in range(parts):
-            store(found, j, descent(x, own, j * 16, 16, 4.0))
+        for j in range(0, parts, 2):
+            one, other = descents(x, own, j * 16, 16, 4.0)
+            store(found, j, one)
+            store(found, j + 1, other)
             for lane in range(min(16, last - block)):
-                for i in range(16):
+                for i in range(32):
                     codes[block + lane, j * 16 + i] = own[i, lane]
         store(end, 0, _by_peak(found, scale_codes, parts, 32.0, np.float32(1e-45)))
         for lane in range(min(16, last - block)):

@@ -142,35 +142,59 @@ def symmetric(x: Any, w: Any, first: int, count: int, top: float, steps: Any) ->
 
 
 @kernel
-def descent(x: Any, codes: Any, first: int, count: int, top: float) -> Any:
-    """`make_q3_quants`: weights x^2, codes -top..top - 1 improved one at a time. Returns scale; writes `codes`."""
-    size, extreme = peak(x, first, count)
+def descents(x: Any, codes: Any, first: int, count: int, top: float) -> Any:
+    """`make_q3_quants`: weights x^2, codes -top..top - 1 improved one at a time. Writes `codes`.
+
+    Two blocks at once, at `first` and `first + count`, so that their chains of dependent steps overlap; two scales.
+    """
+    xl_a, l2_a = _descent_start(x, codes, first, count, 0, top)
+    xl_b, l2_b = _descent_start(x, codes, first + count, count, count, top)
+    for _ in range(5):
+        changed = splat(0.0) > 0.0
+        for i in range(count):
+            xl_a, l2_a, better_a = _descent_step(x, codes, first + i, i, xl_a, l2_a, top)
+            xl_b, l2_b, better_b = _descent_step(x, codes, first + count + i, count + i, xl_b, l2_b, top)
+            changed = changed | better_a | better_b
+        if not some(changed):
+            break
+    scale_a = _descent_end(x, codes, first, count, 0, xl_a, l2_a, top)
+    scale_b = _descent_end(x, codes, first + count, count, count, xl_b, l2_b, top)
+    return scale_a, scale_b
+
+
+@kernel
+def _descent_start(x: Any, codes: Any, first: int, count: int, at: int, top: float) -> Any:
+    _, extreme = peak(x, first, count)
     inverse = splat(-top) / extreme
     sum_xl, sum_l2 = splat(0.0), splat(0.0)
     for i in range(count):
         v = load(x, first + i)
         code = clamp(inverse * v, -top, top - 1.0)
-        store(codes, i, code)
+        store(codes, at + i, code)
         sum_xl = sum_xl + v * v * v * code
         sum_l2 = sum_l2 + v * v * code * code
-    for _ in range(5):
-        changed = splat(0.0) > 0.0
-        for i in range(count):
-            v, code = load(x, first + i), load(codes, i)
-            weight = v * v
-            rest_xl, rest_l2 = sum_xl - weight * v * code, sum_l2 - weight * code * code
-            new = clamp(v * rest_l2 / rest_xl, -top, top - 1.0)
-            new_xl, new_l2 = rest_xl + weight * v * new, rest_l2 + weight * new * new
-            better = (rest_xl > 0.0) & (new != code) & (new_l2 > 0.0)
-            better = better & (new_xl * new_xl * sum_l2 > sum_xl * sum_xl * new_l2)
-            store(codes, i, where(better, new, code))
-            sum_xl, sum_l2 = where(better, new_xl, sum_xl), where(better, new_l2, sum_l2)
-            changed = changed | better
-        if not some(changed):
-            break
+    return sum_xl, sum_l2
+
+
+@kernel
+def _descent_step(x: Any, codes: Any, row: int, at: int, sum_xl: Any, sum_l2: Any, top: float) -> Any:
+    v, code = load(x, row), load(codes, at)
+    weight = v * v
+    rest_xl, rest_l2 = sum_xl - weight * v * code, sum_l2 - weight * code * code
+    new = clamp(v * rest_l2 / rest_xl, -top, top - 1.0)
+    new_xl, new_l2 = rest_xl + weight * v * new, rest_l2 + weight * new * new
+    better = (rest_xl > 0.0) & (new != code) & (new_l2 > 0.0)
+    better = better & (new_xl * new_xl * sum_l2 > sum_xl * sum_xl * new_l2)
+    store(codes, at, where(better, new, code))
+    return where(better, new_xl, sum_xl), where(better, new_l2, sum_l2), better
+
+
+@kernel
+def _descent_end(x: Any, codes: Any, first: int, count: int, at: int, sum_xl: Any, sum_l2: Any, top: float) -> Any:
+    size, _ = peak(x, first, count)
     empty = size < TINY
     for i in range(count):
-        store(codes, i, where(empty, splat(-top), load(codes, i)))
+        store(codes, at + i, where(empty, splat(-top), load(codes, at + i)))
     return where((sum_l2 > 0.0) & (size >= TINY), sum_xl / sum_l2, splat(0.0))
 
 

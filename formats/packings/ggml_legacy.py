@@ -40,13 +40,14 @@ def _write_codes(codes: Any, offset: int, header: int, fifth: bool, out: Any) ->
                 row[header + k] = bits
 
 
-def _pack(header: np.ndarray, codes: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 (rows, bytes of a row) of a header, uint8 (blocks, 2 or 4), and codes from -2^(bits-1), or 0 if uint8."""
-    width, fifth = header.shape[1], bits == 5
-    out = np.empty((len(header), width + (20 if fifth else 16)), np.uint8)
-    out[:, :width] = header
+def _pack(steps: tuple[np.ndarray, ...], codes: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 (rows, bytes of a row) of float16 steps, one of each a block, and codes from -2^(bits-1), or 0 if uint8."""
+    header, fifth = 2 * len(steps), bits == 5
+    out = np.empty((codes.size // 32, header + (20 if fifth else 16)), np.uint8)
+    for place, step in enumerate(steps):
+        out.view("<f2")[:, place] = step.reshape(-1)
     offset = 1 << (bits - 1) if codes.dtype == np.int8 else 0
-    _write_codes(np.ascontiguousarray(codes).view(np.uint8).reshape(-1, 32), offset, width, fifth, out)
+    _write_codes(np.ascontiguousarray(codes).view(np.uint8).reshape(-1, 32), offset, header, fifth, out)
     return out.reshape(len(codes), -1)
 
 
@@ -61,8 +62,9 @@ def _unpack_codes(fields: list[np.ndarray], cols: int) -> np.ndarray:
 
 def _pack_symmetric(arrays: Arrays, bits: int) -> np.ndarray:
     scale, codes = arrays["scale"], arrays["codes"]
-    d = as_bytes(scale, scale.size)
-    return join(len(codes), d, as_bytes(codes, scale.size)) if bits == 8 else _pack(d, codes, bits)
+    if bits == 8:
+        return join(len(codes), as_bytes(scale, scale.size), as_bytes(codes, scale.size))
+    return _pack((scale,), codes, bits)
 
 
 def _unpack_symmetric(data: np.ndarray, cols: int, bits: int) -> Arrays:
@@ -75,8 +77,7 @@ def _unpack_symmetric(data: np.ndarray, cols: int, bits: int) -> Arrays:
 
 
 def _pack_minimum(arrays: Arrays, bits: int) -> np.ndarray:
-    d, m = (as_bytes(arrays[key], arrays[key].size) for key in ("d", "m"))
-    return _pack(np.concatenate([d, m], axis=1), arrays["codes"], bits)
+    return _pack((arrays["d"], arrays["m"]), arrays["codes"], bits)
 
 
 def _unpack_minimum(data: np.ndarray, cols: int, bits: int) -> Arrays:
