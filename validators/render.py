@@ -37,7 +37,8 @@ def summary(report: Json) -> list[str]:
         state = "proven" if not failed else f"{len(failed)} of {len(target['checks'])} checks did not pass"
         figures = _figures_of(target)
         size = f"{_size(target['bytes'])}, {target['bits_per_weight']:.2f} bits a weight"
-        lines.append(f"{target['id']}: {state}; {size}; " + ", ".join(f"{k} {v}" for k, v in figures.items() if v))
+        said = ", ".join(f"{k} {v}" for k, v in figures.items() if v)
+        lines.append("; ".join(filter(None, (f"{target['id']}: {state}", size, said))))
         lines += [f"  {check['id']}: {check.get('reason', check['verdict'])}" for check in failed]
     return lines
 

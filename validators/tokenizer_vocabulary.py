@@ -12,6 +12,7 @@ The expectation is derived here from `tokenizer.json` alone, apart from the expo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,12 @@ class Vocabulary:
     types: list[int]
     scores: list[float] | None
     merges: list[str] | None
+
+    @functools.cached_property
+    def special(self) -> list[str]:
+        """Pieces that are found whole in a text."""
+        kinds = (UNKNOWN, CONTROL, USER_DEFINED)
+        return [piece for piece, kind in zip(self.pieces, self.types, strict=True) if kind in kinds]
 
 
 def expected_vocabulary(source: Mapping[str, Any], gguf_model: str, size: int) -> Vocabulary:

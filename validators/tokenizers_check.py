@@ -27,12 +27,16 @@ FILES = (
 
 _LONGEST_WORD = 100
 # GGUF model -> strings that llama.cpp's own code cuts in another way, whatever a file says: reported, not judged.
-LIMITS: Mapping[str, Mapping[str, Callable[[str], bool]]] = {
+LIMITS: Mapping[str, Mapping[str, Callable[[str, Vocabulary], bool]]] = {
     "bert": {
-        "combining marks": lambda text: any(unicodedata.combining(c) for c in text),
-        "Hangul": lambda text: any("HANGUL" in unicodedata.name(c, "") for c in text),
-        "U+2581": lambda text: WORD_START in text,
-        "words of more than 100 characters": lambda text: any(len(w) > _LONGEST_WORD for w in text.split()),
+        "combining marks": lambda text, _: any(unicodedata.combining(c) for c in text),
+        "Hangul": lambda text, _: any("HANGUL" in unicodedata.name(c, "") for c in text),
+        "U+2581": lambda text, _: WORD_START in text,
+        "words of more than 100 characters": lambda text, _: any(len(w) > _LONGEST_WORD for w in text.split()),
+    },
+    "llama": {
+        "a space in front": lambda text, _: text[:1] in (" ", WORD_START),
+        "special tokens in the text": lambda text, vocabulary: any(word in text for word in vocabulary.special),
     },
 }
 _SHOWN = 60
@@ -65,15 +69,16 @@ def gguf_checks(
     expected = expected_vocabulary(source, stored.model, len(stored.pieces))
     checks = list(_vocabulary_checks(target, expected, stored))
     strings = list(dict.fromkeys([*probe_strings(), *texts]))
-    beyond = {text: limit for text in strings if (limit := limit_of(stored.model, text))}
+    beyond = {text: limit for text in strings if (limit := limit_of(expected, text))}
     judged = [text for text in strings if text not in beyond]
     checks += encoding_checks(target, artifact, raw, judged, limits)
     return [*checks, *_limit_checks(target, artifact, raw, beyond, limits)]
 
 
-def limit_of(gguf_model: str, text: str) -> str | None:
+def limit_of(vocabulary: Vocabulary, text: str) -> str | None:
     """Which limit of llama.cpp's tokenizer a text runs into, None if none."""
-    return next((name for name, applies in LIMITS.get(gguf_model, {}).items() if applies(text)), None)
+    limits = LIMITS.get(vocabulary.model, {})
+    return next((name for name, applies in limits.items() if applies(text, vocabulary)), None)
 
 
 def probe_strings() -> list[str]:

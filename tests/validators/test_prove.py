@@ -80,6 +80,7 @@ def test_safetensors_passes_in_transformers(exports: Callable[..., Any], prove: 
     assert found["onnxruntime/graph/rel_l2"] < 1e-5
 
 
+@pytest.mark.slow
 def test_uncompressed_targets_lose_nothing(exports: Callable[..., Any], prove: Callable[..., Any]) -> None:
     found = values_of(prove(exports("onnx")))
     assert found["torch/loss/rel_l2"] == 0
@@ -96,6 +97,7 @@ def test_transposed_square_matrix(staged: Callable[..., Any], prove: Callable[..
     assert "onnxruntime/graph/rel_l2" in found  # and so it is seen by running the file alone
 
 
+@pytest.mark.slow
 def test_dropped_bias(staged: Callable[..., Any], prove: Callable[..., Any]) -> None:
     artifact = staged("gguf")
     artifact.edit("blk.1.attn_k.bias", np.zeros_like)
@@ -146,6 +148,7 @@ def test_tokenizer_file_of_another_model(staged: Callable[..., Any], prove: Call
     assert "tokenizer.json" in found["reader/tokenizer/changed_files"].reason
 
 
+@pytest.mark.slow
 def test_truncated_file(staged: Callable[..., Any], prove: Callable[..., Any]) -> None:
     artifact = staged("gguf", "int8")
     path = artifact.directory / artifact.exported.main
@@ -173,6 +176,7 @@ def test_a_runtime_that_is_not_there_must_be_accepted(
     assert Report([], [report], {}, accepted_unproven=("onnxruntime-genai",)).verdict == "pass"
 
 
+@pytest.mark.slow
 def test_gates_of_the_recipe_judge_the_shipped_runtime(exports: Callable[..., Any], prove: Callable[..., Any]) -> None:
     strict = ProofSettings(windows=2, length=24, seconds=120, gates=parse_gates({"kl_mean": 1e-9, "top1": 0.0}))
     found = failed(prove(exports("onnx", "int4"), strict))
@@ -180,6 +184,7 @@ def test_gates_of_the_recipe_judge_the_shipped_runtime(exports: Callable[..., An
     assert found["onnxruntime/loss/kl_mean"].threshold_source == "recipe"
 
 
+@pytest.mark.slow
 def test_targets_with_other_integers_are_told_apart(original: Checkpoint, exports: Callable[..., Any]) -> None:
     shared = References(original, SETTINGS)
     for container, layout in (("onnx", "int4"), ("gguf", "int8")):

@@ -49,6 +49,7 @@ def test_missing_tensor_is_a_failure_with_its_name(artifact: Path) -> None:
     assert caught.value.tensor == "model.layers.1.mlp.up_proj.weight"
 
 
+@pytest.mark.slow
 def test_unused_tensor_is_a_failure_with_its_name(artifact: Path) -> None:
     tensors = load_file(artifact / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.bias"] = torch.ones(768)
@@ -88,6 +89,7 @@ INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", 
 TOKENWISE = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
 
+@pytest.mark.slow
 def test_compressed_weights_load_without_loss(artifact: Path, reference: np.ndarray) -> None:
     quantize_like_a_user(artifact, "pack-quantized", {"targets": ["Linear"], "weights": INT4}, weights_only=True)
     _, graph = transformers_client.run({"artifact": str(artifact)}, {"input_ids": IDS})
@@ -97,6 +99,7 @@ def test_compressed_weights_load_without_loss(artifact: Path, reference: np.ndar
     np.testing.assert_allclose(shipped["logits"], graph["logits"], atol=0.05 * error + 0.1)
 
 
+@pytest.mark.slow
 def test_graph_mode_leaves_activations_alone(artifact: Path) -> None:
     scheme = {"targets": ["Linear"], "weights": INT8, "input_activations": TOKENWISE}
     quantize_like_a_user(artifact, "int-quantized", scheme, weights_only=False)
