@@ -1,0 +1,94 @@
+"""The low-rank pass on a whole model, and through to ONNX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tightship.checkpoint import Checkpoint
+from tightship.errors import Unsupported, UsageError
+from tightship.modelview import ModelView
+from tightship.opening import open_checkpoint
+from tightship.passes import pass_for
+from tightship.passes.base import Run
+from tightship.passes.low_rank import LowRank
+from tightship.weights import Dense, Factored
+
+EMBER = Path(__file__).parents[2] / "examples" / "ember"
+TEXT = "The old ship lay at anchor in the bay, and nobody on the shore could say whence she had come. " * 40
+
+
+@pytest.fixture(scope="module")
+def ember() -> Checkpoint:
+    return open_checkpoint(EMBER)
+
+
+def run_with(figures: dict[str, Mapping[str, Any]] | None = None) -> Run:
+    report = ({} if figures is None else figures).__setitem__
+    return Run(threads=1, texts=(TEXT,), tokens=768, sequence=128, report=report)
+
+
+@pytest.mark.parametrize("method", ["svd", "asvd", "svd-llm", "fisher"])
+def test_every_linear_becomes_factors_of_the_rank(ember: Checkpoint, method: str) -> None:
+    figures: dict[str, Mapping[str, Any]] = {}
+    result = LowRank(method=method, rank=48, dtype="f32").apply(ember, run_with(figures))
+    for info in ember.linears():
+        weight = result.weights[info.name]
+        assert isinstance(weight, Factored)
+        assert weight.rank == 48
+        assert figures[info.name]["parameters"] == 48 * sum(info.shape)
+        assert weight.nbytes == 4 * 48 * sum(info.shape)
+    assert np.isfinite(ModelView(result, threads=1).outputs(np.arange(16)[None])["logits"]).all()
+
+
+def test_plain_factors_are_the_best_of_their_rank(ember: Checkpoint) -> None:
+    result = LowRank(rank=40, dtype="f32").apply(ember, run_with())
+    name = ember.linears()[0].name
+    w = ember.weights[name].value().astype(np.float64)
+    tail = np.linalg.svd(w, compute_uv=False)[40:]
+    assert np.square(w - result.weights[name].value()).sum() == pytest.approx(np.square(tail).sum(), rel=1e-5)
+
+
+def test_energy_keeps_what_it_says_and_large_ranks_stay_dense(ember: Checkpoint) -> None:
+    figures: dict[str, Mapping[str, Any]] = {}
+    result = LowRank(energy=0.5).apply(ember, run_with(figures))
+    assert all(figure["loss"] <= 0.5 for figure in figures.values())
+    whole = LowRank(energy=1.0).apply(ember, run_with(figures))
+    assert all(whole.weights[info.name] is ember.weights[info.name] for info in ember.linears())
+    assert all(figure["kept_dense"] == 1 for figure in figures.values())
+    assert any(isinstance(result.weights[info.name], Factored) for info in ember.linears())
+
+
+@pytest.mark.parametrize("method", ["svd", "svd-llm"])
+def test_byte_budget_is_kept(ember: Checkpoint, method: str) -> None:
+    budget = sum(ember.weights[info.name].nbytes for info in ember.linears()) // 3
+    result = LowRank(method=method, bytes=budget).apply(ember, run_with())
+    spent = sum(result.weights[info.name].nbytes for info in ember.linears())
+    dearest = max(2 * sum(info.shape) for info in ember.linears())
+    assert budget - dearest < spent <= budget
+
+
+def test_merged_factors_are_a_matrix_of_the_rank(ember: Checkpoint) -> None:
+    result = LowRank(rank=16, merge=True, dtype="f32").apply(ember, run_with())
+    weight = result.weights[ember.linears()[0].name]
+    assert isinstance(weight, Dense)
+    assert np.linalg.matrix_rank(weight.value(), tol=1e-4) == 16
+
+
+def test_outline_has_the_shapes_of_the_result(ember: Checkpoint) -> None:
+    step = LowRank(rank=48)
+    outline, result = step.outline(ember), step.apply(ember, run_with())
+    for info in ember.linears():
+        assert outline.weights[info.name].nbytes == result.weights[info.name].nbytes
+
+
+def test_options_are_checked(ember: Checkpoint) -> None:
+    for options in ({}, {"rank": 4, "energy": 0.5}, {"rank": 0}, {"energy": 1.5}, {"rank": 4, "dtype": "i8"}):
+        with pytest.raises(UsageError):
+            pass_for("low-rank", options)
+    with pytest.raises(Unsupported, match="rank 1 everywhere"):
+        LowRank(bytes=10).requires(ember)
