@@ -151,7 +151,7 @@ def _context(hyper: Mapping[str, Any], context: int | None) -> int:
 def _check_features(checkpoint: Checkpoint, gguf: Mapping[str, Any], length: int) -> None:
     config, hyper = checkpoint.config, checkpoint.hyper
     activation = hyper.get("activation")
-    if activation not in gguf["activation"]:
+    if "activation" in hyper and activation not in gguf["activation"]:
         raise Unsupported(
             f"llama.cpp's {gguf['arch']} computes {' or '.join(gguf['activation'])}, the model has {activation!r}",
             hint="use ONNX or safetensors for this model",
@@ -186,7 +186,7 @@ def _mapped_keys(checkpoint: Checkpoint) -> set[str]:
     words = {word for option in options for word in ([option] if isinstance(option, str) else option)}
     rules = (*checkpoint.architecture.refuses, *(checkpoint.architecture.gguf or {}).get("requires", ()))
     refused = {str(rule["key"]) for rule in rules}
-    return {word.split(".")[-1] for word in words | refused}
+    return {word.partition("?")[0].split(".")[-1] for word in words | refused}
 
 
 def _typed(key: str, value: Any) -> Field:

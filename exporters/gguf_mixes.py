@@ -91,7 +91,7 @@ def scheme(word: str) -> Mapping[str, Any]:
 def quantizable(matrix: Matrix) -> bool:
     """Whether a scheme touches this tensor at all."""
     return (
-        len(matrix.shape) >= 2
+        sum(extent > 1 for extent in matrix.shape[:-1]) >= 1
         and matrix.name.endswith("weight")
         and not any(word in matrix.name for word in tables()["never"])
     )

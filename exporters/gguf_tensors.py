@@ -120,8 +120,7 @@ def row_order(word: str, rows: int, hyper: Mapping[str, Any]) -> np.ndarray:
     """Which row of the checkpoint stands in each row of the file, (rows,) int64.
 
     `rope_permute_q`, `rope_permute_k`: from rotated halves (i, i + d/2) to neighbours (2i, 2i + 1) of a "norm" RoPE.
-    `qkv_by_head`: from (head; q, k, v) to all q, all k, all v.
-    `qkv_by_group`: the same for groups of query heads that share a key and a value head (Falcon).
+    `qkv_by_group`: from groups (query heads; their key head; their value head) to all q, all k, all v.
 
     Raises:
         Unsupported: no such transform.
@@ -130,8 +129,6 @@ def row_order(word: str, rows: int, hyper: Mapping[str, Any]) -> np.ndarray:
     width = int(hyper["head_dim"])
     if word in ("rope_permute_q", "rope_permute_k"):
         return places.reshape(-1, 2, width // 2).swapaxes(1, 2).reshape(-1)
-    if word == "qkv_by_head":
-        return places.reshape(int(hyper["heads"]), 3, width).swapaxes(0, 1).reshape(-1)
     if word == "qkv_by_group":
         groups = int(hyper["kv_heads"])
         grouped = places.reshape(groups, -1, width)

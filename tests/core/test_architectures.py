@@ -25,6 +25,8 @@ OPT = {**SIZES, "ffn_dim": 96, "max_position_embeddings": 64}
 DISTIL = {"vocab_size": 96, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96, "max_position_embeddings": 64}
 BERT_HEADS = ("ForPreTraining", "ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice")
 BERT_HEADS += ("ForNextSentencePrediction",)
+EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+BLOOM = {"vocab_size": 96, "hidden_size": 64, "n_layer": 2, "n_head": 4}
 FALCON_NEW = {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}
 
 # (config class, model class, options)
@@ -60,6 +62,23 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
         "FalconForCausalLM",
         {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
     ),
+    ("GemmaConfig", "GemmaForCausalLM", {**DECODER, "head_dim": 32}),
+    ("GemmaConfig", "GemmaForCausalLM", {**DECODER, "attention_bias": True, "tie_word_embeddings": False}),
+    ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {**DECODER, **EXPERTS, "head_dim": 32, "attention_bias": True}),
+    ("Qwen2MoeConfig", "Qwen2MoeForCausalLM", {**DECODER, **EXPERTS, "shared_expert_intermediate_size": 48}),
+    ("OlmoeConfig", "OlmoeForCausalLM", {**DECODER, "num_experts": 3, "num_experts_per_tok": 2}),
+    ("Olmo2Config", "Olmo2ForCausalLM", {**DECODER, "attention_bias": True}),
+    ("GraniteConfig", "GraniteForCausalLM", {**DECODER, "attention_bias": True, "mlp_bias": True}),
+    ("Starcoder2Config", "Starcoder2ForCausalLM", {**DECODER, "tie_word_embeddings": False}),
+    ("Starcoder2Config", "Starcoder2ForCausalLM", {**DECODER, "use_bias": False}),
+    ("PhiConfig", "PhiForCausalLM", DECODER),
+    ("StableLmConfig", "StableLmForCausalLM", {**DECODER, "use_qkv_bias": True}),
+    ("StableLmConfig", "StableLmForCausalLM", {**DECODER, "use_parallel_residual": True}),
+    ("CohereConfig", "CohereForCausalLM", {**DECODER, "attention_bias": True, "tie_word_embeddings": False}),
+    ("GPTNeoXConfig", "GPTNeoXForCausalLM", ENCODER),
+    ("GPTNeoXConfig", "GPTNeoXForCausalLM", {**ENCODER, "attention_bias": False}),
+    ("BloomConfig", "BloomForCausalLM", BLOOM),
+    ("BloomConfig", "BloomForCausalLM", {**BLOOM, "tie_word_embeddings": False}),
     ("BertConfig", "BertModel", ENCODER),
     ("BertConfig", "BertForMaskedLM", ENCODER),
     ("BertConfig", "BertForMaskedLM", {**ENCODER, "tie_word_embeddings": False}),
@@ -166,6 +185,10 @@ def test_features_that_nobody_maps_are_exit_3() -> None:
     config = {"architectures": ["BertModel"], "model_type": "bert", "position_embedding_type": "relative_key"}
     with pytest.raises(Unsupported, match="position_embedding_type"):
         architecture_for(config).check_supported(config)
+    for name, key in (("Phi", "qk_layernorm"), ("StableLm", "qk_layernorm"), ("Cohere", "use_qk_norm")):
+        config = {"architectures": [f"{name}ForCausalLM"], "model_type": name.lower(), key: True}
+        with pytest.raises(Unsupported, match=key):
+            architecture_for(config).check_supported(config)
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}
     architecture_for(config).check_supported(config)
     with pytest.raises(Unsupported, match="in GGUF"):

@@ -34,12 +34,27 @@ LONG = {
     "long_factor": [2.0 + 0.5 * i for i in range(8)],
     "original_max_position_embeddings": 64,
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+SHARED = {**EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
+SCALES = {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 3.0}
+NEOX = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
 HALF_UNIT = 2.0**-11  # of a float16, relative
 EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": (
         "MixtralForCausalLM",
         {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     ),
+    "qwen3-moe": (
+        "Qwen3MoeForCausalLM",
+        {**SIZES, **EXPERTS, "head_dim": 16, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    ),
+    "qwen2-moe": ("Qwen2MoeForCausalLM", {**SIZES, **SHARED}),
+    "olmoe": ("OlmoeForCausalLM", {**SIZES, **EXPERTS, "num_key_value_heads": 4}),
+    "olmo2": ("Olmo2ForCausalLM", SIZES),
+    "granite": ("GraniteForCausalLM", {**SIZES, **SCALES, "attention_bias": True, "mlp_bias": True}),
+    "stablelm": ("StableLmForCausalLM", {**SIZES, "use_qkv_bias": True}),
+    "stablelm-parallel": ("StableLmForCausalLM", {**SIZES, "use_parallel_residual": True}),
+    "cohere": ("CohereForCausalLM", {**SIZES, "logit_scale": 0.3}),
     "phi3": ("Phi3ForCausalLM", {**SIZES, "pad_token_id": 0, "sliding_window": None}),
     "phi3-longrope": ("Phi3ForCausalLM", {**SIZES, "pad_token_id": 0, "sliding_window": None, "rope_parameters": LONG}),
 }
@@ -62,6 +77,12 @@ GELU: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "gemma": ("GemmaForCausalLM", {**SIZES, "head_dim": 32}),
+    "starcoder2": ("Starcoder2ForCausalLM", SIZES),
+    "phi": ("PhiForCausalLM", SIZES),
+    "gpt-neox": ("GPTNeoXForCausalLM", NEOX),
+    "gpt-neox-sequential": ("GPTNeoXForCausalLM", {**NEOX, "use_parallel_residual": False}),
+    "bloom": ("BloomForCausalLM", {"vocab_size": 512, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
     "falcon-7b": ("FalconForCausalLM", FALCON),
     "falcon-40b": ("FalconForCausalLM", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon-11b": (
@@ -105,6 +126,10 @@ def test_logits_are_those_of_transformers(
         ("Gemma3ForCausalLM", {**GEMMA, "layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
         ("Gemma3ForCausalLM", {**GEMMA, "num_hidden_layers": 62}, "num_hidden_layers"),
         ("Gemma3ForCausalLM", {**GEMMA, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("Qwen3MoeForCausalLM", {**SIZES, **EXPERTS, "norm_topk_prob": False}, "norm_topk_prob"),
+        ("Qwen2MoeForCausalLM", {**SIZES, **SHARED, "norm_topk_prob": True}, "norm_topk_prob"),
+        ("OlmoeForCausalLM", {**SIZES, **EXPERTS}, "num_key_value_heads"),
+        ("OlmoeForCausalLM", {**SIZES, **EXPERTS, "num_key_value_heads": 4, "clip_qkv": 8.0}, "clip_qkv"),
         ("FalconForCausalLM", {**FALCON, "alibi": True}, "alibi"),
         ("FalconForCausalLM", {**FALCON, "bias": True}, "bias"),
         ("FalconForCausalLM", {**FALCON, "parallel_attn": False}, "parallel_attn"),
