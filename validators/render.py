@@ -170,7 +170,9 @@ def _needs(check: Json) -> str:
 def _stages(report: Json) -> list[str]:
     if not report.get("stages"):
         return []
-    lines = [f"- `{s.get('id', s.get('use', '?'))}`: {_inline(s)}" for s in report["stages"]]
+    lines = [
+        f"- `{s['id']}`: {s['use']}, {s['state']}; figures of {len(s['figures'])} tensors" for s in report["stages"]
+    ]
     return ["## Passes", "\n".join(lines)]
 
 

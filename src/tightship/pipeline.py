@@ -84,6 +84,7 @@ class _Build:
         self.log = log
         self.progress = progress
         self.spool = Spool(log.folder / "spool")
+        self.stages: list[dict[str, Any]] = []
 
     def run(self) -> Built:
         with self.log.step("plan"):
@@ -92,18 +93,21 @@ class _Build:
         with self._threads(), self._scratch():
             with self.log.step("passes"):
                 state, shop = run_passes(plan, self.recipe, self.settings, self.progress)
+            self.stages += state.log
             artifacts = [self._export(target, state, shop) for target in plan.targets]
             digests = self._digests(artifacts)
             proofs = Proofs(self.spool.through(plan.source), shop, self.log.folder / "proof")
             reports = [self._prove(proofs, artifact) for artifact in artifacts]
-        report = Report(list(state.log), reports, environment(self.settings), self.settings.accept_unproven)
+        report = Report(self.stages, reports, environment(self.settings), self.settings.accept_unproven)
         self._gate(report)
         with self.log.step("publish"):
             return self._publish(plan, artifacts, digests, report)
 
     def _export(self, target: PlannedTarget, state: State, shop: Workshop) -> Artifact:
         with self.log.step(f"export {target.plan.target.id}"):
-            compressed = self.spool.through(solved(target, state, shop))
+            made = solved(target, state, shop)
+            self.stages += made.log[len(state.log) :]
+            compressed = self.spool.through(made.checkpoint)
             exporter = exporter_of(target.plan.target.container)
             plan = exporter.plan(compressed, target.plan.target)
             directory = self.publication.staging / plan.target.id
@@ -175,9 +179,9 @@ def run_passes(plan: Plan, recipe: Recipe, settings: Settings, progress: Progres
     return state, shop
 
 
-def solved(target: PlannedTarget, state: State, shop: Workshop) -> Checkpoint:
+def solved(target: PlannedTarget, state: State, shop: Workshop) -> State:
     """What one target stores: the passes' checkpoint, quantized as its scheme wants."""
-    return state.checkpoint if target.solve is None else run_stage(state, target.solve, shop).checkpoint
+    return state if target.solve is None else run_stage(state, target.solve, shop)
 
 
 def exporter_of(container: str) -> Any:
@@ -282,16 +286,11 @@ def write_report(folder: Path, data: dict[str, Any]) -> None:
 
 
 def summary(report: dict[str, Any], *, verbose: bool = False) -> str:
-    """Targets in a table; `verbose` adds every check."""
-    from tightship.console import size, table
+    """For people: a line a target and a failure; `verbose` adds every check."""
+    from tightship.console import table
+    from tightship.validators.render import summary as lines_of
 
-    rows = []
-    for target in report["targets"]:
-        counts = [sum(c["verdict"] == word for c in target["checks"]) for word in ("pass", "fail", "not_run")]
-        rows.append(
-            [target["id"], size(target["bytes"]), f"{target['bits_per_weight']:.2f}", " / ".join(map(str, counts))]
-        )
-    lines = [table(rows, ["target", "size", "bits/weight", "passed / failed / not run"], right=frozenset({1, 2, 3}))]
+    lines = list(lines_of(report))
     for target in report["targets"] if verbose else ():
         checks = [[c["id"], _figure(c.get("value")), c["verdict"], c.get("reason", "")] for c in target["checks"]]
         lines += ["", table(checks, ["check", "value", "verdict", "reason"], right=frozenset({1}))]

@@ -75,7 +75,7 @@ def _again(
         spool = Spool(Path(scratch) / "spool")
         proofs = Proofs(spool.through(plan.source), shop, Path(scratch) / "proof")
         for target, written in zip(plan.targets, manifest["targets"], strict=True):
-            compressed = spool.through(solved(target, state, shop))
+            compressed = spool.through(solved(target, state, shop).checkpoint)
             _compare(spool.digests(compressed), manifest["weights"][written["weights"]], written["id"])
             folder = directory / written["id"]
             exported = Exported(tuple(sorted_files(folder)), written["main"], written["graph_source"])

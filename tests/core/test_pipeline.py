@@ -106,6 +106,11 @@ def test_an_existing_output_is_refused_and_a_forced_run_reuses_stages(
     assert how_stages_were_had(build(PRUNE, targets=[{"to": "gguf"}], output="other")) == ["reused"]
 
 
+def test_a_schemes_solving_is_a_stage_of_the_report(build: Callable[..., pipeline.Built]) -> None:
+    built = build(targets=[{"to": "gguf", "scheme": "q4_0"}])
+    assert [(stage["id"], stage["use"]) for stage in built.report["stages"]] == [("scheme gguf-q4_0", "quantize")]
+
+
 def test_a_damaged_stage_is_made_again(build: Callable[..., pipeline.Built], tmp_path: Path) -> None:
     build(PRUNE, QUANTIZE)
     before = content(tmp_path / "out")

@@ -40,7 +40,7 @@ def report(*, broken: bool = False) -> dict:
         TargetReport("gguf", 1442482, 6.161, 0.1163, None, checks),
         TargetReport("onnx", 2884964, 12.3, 0.1163, "mobius-onnx 0.1.0", other),
     ]
-    stages = [{"id": "p", "use": "prune", "sparsity": 0.5}]
+    stages = [{"id": "p", "use": "prune", "state": "made", "figures": {"w": {"error": 0.5}}}]
     return json.loads(json.dumps(Report(stages, targets, {"threads": 2, "versions": {"torch": "2.13"}}).to_json()))
 
 
