@@ -13,12 +13,14 @@ from tightship.errors import Malformed
 
 if TYPE_CHECKING:
     import onnx
+    import onnxruntime as ort
 
 _ELEMENTS = 1 << 22
 _MOST_NODES = 32
 _LOOKUPS = ("Gather", "GatherBlockQuantized")
 _JOINS = ("Add", "Cast", "DequantizeLinear")  # of values that the weight itself made
 _RANK = 3
+_ROWS = 4096
 
 
 class OnnxGraph:
@@ -60,6 +62,13 @@ class OnnxGraph:
                     return int(attribute.i)
         return 4  # the operators' default
 
+    def turned(self, name: str) -> bool:
+        """Whether quantized codes lie as (in, out): DequantizeLinear then has its blocks along axis 0."""
+        return any(
+            node.op_type == "DequantizeLinear" and any(a.name == "axis" and a.i == 0 for a in node.attribute)
+            for node, _ in self.readers[name]
+        )
+
     def floats(self, tensor: onnx.TensorProto) -> np.ndarray:
         """float32 of a float initializer, a matrix as (out, in) by what its readers do with it."""
         data = self.array(tensor).astype(np.float32)
@@ -82,9 +91,24 @@ class OnnxGraph:
             else:
                 yield "plain"
 
-    def matrix(self, names: set[str], cols: int) -> np.ndarray:
-        """(out, in) float32 of a packed matrix: its product with the identity, `cols` = in."""
-        session, rank = self._session(names)
+    def decoded(self, names: set[str], shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+        """(out, in) float32 of a packed matrix in each way it is used: as a `product`, as a `lookup`, or both.
+
+        Raises:
+            Malformed: no node computes with these initializers.
+        """
+        found = {}
+        for way in ("product", "lookup"):
+            inside = self._inside(names, way)
+            if inside is not None:
+                found[way] = self._product(*inside, shape[1]) if way == "product" else self._lookup(*inside, shape[0])
+        if not found:
+            raise Malformed("no node of the graph computes with it", tensor=min(names))
+        return found
+
+    def _product(self, probe: str, result: str, cols: int) -> np.ndarray:
+        """The product with the identity, `cols` = in."""
+        session, rank = self._session(probe, result, lookup=False)
         step = max(1, _ELEMENTS // cols)
         parts = []
         for start in range(0, cols, step):
@@ -94,24 +118,22 @@ class OnnxGraph:
             parts.append(found.reshape(len(rows), -1))
         return np.ascontiguousarray(np.concatenate(parts).T, np.float32)
 
-    def table(self, names: set[str], rows: int) -> np.ndarray:
-        """(rows, cols) float32 of a packed table: every row looked up."""
-        session, _ = self._session(names)
+    def _lookup(self, probe: str, result: str, rows: int) -> np.ndarray:
+        """Every row looked up."""
+        session, _ = self._session(probe, result, lookup=True)
         parts = []
-        for start in range(0, rows, 4096):
-            (found,) = session.run(None, {"probe": np.arange(start, min(start + 4096, rows), dtype=np.int64)[None]})
+        for start in range(0, rows, _ROWS):
+            (found,) = session.run(None, {"probe": np.arange(start, min(start + _ROWS, rows), dtype=np.int64)[None]})
             parts.append(found[0])
         return np.concatenate(parts).astype(np.float32)
 
-    def _session(self, names: set[str]) -> tuple[object, int]:
-        """A session on the nodes that use the given initializers, from their data input to their one result."""
+    def _session(self, probe: str, result: str, *, lookup: bool) -> tuple[ort.InferenceSession, int]:
+        """A session on the nodes between two values, and the rank that its input needs."""
         import onnx
         import onnxruntime as ort
 
-        inside, probe, result = self._inside(names)
-        nodes = self._between(result, probe, names)
         copies = []
-        for node in nodes:
+        for node in self._between(result, probe):
             copy = onnx.NodeProto()
             copy.CopyFrom(node)
             copy.input[:] = ["probe" if name == probe else name for name in node.input]
@@ -120,10 +142,10 @@ class OnnxGraph:
             copy.attribute.extend(kept)
             copies.append(copy)
         used = [
-            self.initializers[n] for n in dict.fromkeys(n for c in nodes for n in c.input) if n in self.initializers
+            self.initializers[n] for n in dict.fromkeys(n for c in copies for n in c.input) if n in self.initializers
         ]
-        shapes = [len(self.array(self.initializers[n.input[1]])) for n in nodes if n.op_type == "Reshape"]
-        lookup = inside[0].op_type in _LOOKUPS
+        blocks = [c.input[1] for c in copies if c.op_type == "Reshape" and c.input[0] == "probe"]
+        rank = len(self.array(self.initializers[blocks[0]])) - 1 if blocks else _RANK
         kind = onnx.TensorProto.INT64 if lookup else onnx.TensorProto.FLOAT
         graph = onnx.helper.make_graph(
             copies, "probe", [onnx.helper.make_tensor_value_info("probe", kind, None)],
@@ -135,10 +157,10 @@ class OnnxGraph:
         options.log_severity_level = 3
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.path.parent))
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        return session, (shapes[0] - 1 if shapes else _RANK)
+        return session, rank
 
-    def _inside(self, names: set[str]) -> tuple[list[onnx.NodeProto], str, str]:
-        """Nodes that compute with the given initializers, their data input, and the value they end in."""
+    def _inside(self, names: set[str], way: str) -> tuple[str, str] | None:
+        """Data input of the nodes that compute with the given initializers in one way, and the value they end in."""
         constants, values = set(names), dict[str, None]()
         inside: list[onnx.NodeProto] = []
         for node in self.model.graph.node:
@@ -147,20 +169,21 @@ class OnnxGraph:
                 if all(name in constants or name in self.initializers for name in inputs):
                     constants.update(node.output)
                     continue
+                if (node.op_type in _LOOKUPS) != (way == "lookup"):
+                    continue
             elif not inputs or node.op_type not in _JOINS or not all(name in values for name in inputs):
                 continue
             inside.append(node)
             values.update(dict.fromkeys(node.output))
-        ends = [name for name in values if not any(name in node.input for node in inside)]
-        if not ends:
-            raise Malformed("no node of the graph computes with it", tensor=min(names))
-        first = inside[0]
-        probe = first.input[1] if first.op_type in _LOOKUPS else first.input[0]
-        return inside, probe, ends[0]
+        if not inside:
+            return None
+        result = next(name for name in values if not any(name in node.input for node in inside))
+        return inside[0].input[1 if way == "lookup" else 0], result
 
-    def _between(self, result: str, probe: str, names: set[str]) -> list[onnx.NodeProto]:
+    def _between(self, result: str, probe: str) -> list[onnx.NodeProto]:
         """Nodes on the way from `probe` to `result`, in graph order."""
-        wanted, open_values = [], [result]
+        wanted: list[onnx.NodeProto] = []
+        open_values = [result]
         while open_values:
             name = open_values.pop()
             node = self.producer.get(name)
@@ -169,7 +192,7 @@ class OnnxGraph:
             wanted.append(node)
             open_values += [n for n in node.input if n]
             if len(wanted) > _MOST_NODES:
-                raise Malformed("the nodes around it cannot be cut out of the graph", tensor=min(names))
+                raise Malformed(f"the nodes before {result} cannot be cut out of the graph")
         return [node for node in self.model.graph.node if any(node is w for w in wanted)]
 
 

@@ -8,7 +8,7 @@ identity in ONNX Runtime (a lookup is fed every index): what comes out is the ma
 | NAME                                        | floats; turned where a MatMul reads them as (in, out)    |
 | NAME.B, .scales, .zero_points, .offsets     | com.microsoft.MatMulNBits, plus block sums times offsets |
 | NAME.codes, .scales, .zero_points, .offsets | DequantizeLinear and MatMul                             |
-| NAME.table.*                                | the same for a lookup                                   |
+| the same behind a lookup                    | GatherBlockQuantized, or Gathers and DequantizeLinear   |
 | NAME.rows{a}-{b}*                           | rows a to b of the weight                               |
 """
 
@@ -30,7 +30,8 @@ from tightship.validators.onnx_probe import OnnxGraph, unpack_bits
 if TYPE_CHECKING:
     import onnx
 
-_OPERANDS = "B|codes|scales|zero_points|offsets"
+Rows = tuple[int, int] | None
+_OPERANDS = ("B", "codes", "scales", "zero_points", "offsets")
 
 
 class OnnxStored:
@@ -45,25 +46,28 @@ class OnnxStored:
 
     def value(self, name: str, part: str = "") -> np.ndarray:
         shape = self._shape(name, part)
-        found: dict[str, np.ndarray] = {}
-        for form, runs in self._forms(name, part).items():
-            decoded = [(rows, self._decode(form, operands, shape)) for rows, operands in runs.items()]
-            found[form] = _join(decoded, shape, name)
-        first, *others = found.values()
+        found: dict[str, list[tuple[Rows, np.ndarray]]] = defaultdict(list)
+        for rows, operands in self._runs(name, part).items():
+            if "data" in operands:
+                found["floats"].append((rows, self.graph.floats(operands["data"])))
+                continue
+            packed = {tensor.name for tensor in operands.values()}
+            for way, values in self.graph.decoded(packed, shape).items():
+                found[way].append((rows, values))
+        first, *others = (_join(parts, shape, name) for parts in found.values())
         if any(not np.array_equal(first, other, equal_nan=True) for other in others):
-            raise Malformed(f"its copies for {' and '.join(found)} hold different values", tensor=name)
+            raise Malformed(f"as a {' and as a '.join(found)} it has different values", tensor=name)
         return first
 
     def shift(self, name: str) -> float:  # noqa: ARG002 - this container adds nothing
         return 0.0
 
     def integers(self, name: str, part: str = "") -> Iterator[Piece] | None:
-        forms = self._forms(name, part)
-        form = next(iter(forms))
-        if form == "floats":
+        runs = sorted(self._runs(name, part).items(), key=lambda item: item[0] or (0, 0))
+        if "data" in runs[0][1]:
             return None
-        runs = sorted(forms[form].items(), key=lambda item: item[0] or (0, 0))
-        return (self._piece(form, operands) for _, operands in runs)
+        cols = self._shape(name, part)[1]
+        return (self._piece(operands, cols) for _, operands in runs)
 
     def _shape(self, name: str, part: str) -> tuple[int, ...]:
         weight = self.checkpoint.weights[name]
@@ -71,55 +75,48 @@ class OnnxStored:
             weight = getattr(weight, attribute)
         return tuple(weight.shape)
 
-    def _forms(self, name: str, part: str) -> dict[str, dict[tuple[int, int] | None, dict[str, onnx.TensorProto]]]:
-        """form ("floats", "matrix", "table") -> rows -> operand -> initializer."""
+    def _runs(self, name: str, part: str) -> dict[Rows, dict[str, onnx.TensorProto]]:
+        """Rows -> operand -> initializer; `data` is the operand of plain floats."""
         pattern = re.compile(
-            rf"{re.escape(name)}(?:\.rows(\d+)-(\d+))?{re.escape(part)}(?:\.(?P<table>table\.)?(?P<operand>{_OPERANDS}))?"
+            rf"{re.escape(name)}(?:\.rows(\d+)-(\d+))?{re.escape(part)}(?:\.(?P<operand>{'|'.join(_OPERANDS)}))?"
         )
-        found: dict = defaultdict(lambda: defaultdict(dict))
+        found: dict[Rows, dict[str, onnx.TensorProto]] = defaultdict(dict)
         for key, tensor in self.graph.initializers.items():
             match = pattern.fullmatch(key)
             if match:
                 rows = (int(match[1]), int(match[2])) if match[1] else None
-                form = "floats" if not match["operand"] else "table" if match["table"] else "matrix"
-                found[form][rows][match["operand"] or "data"] = tensor
+                found[rows][match["operand"] or "data"] = tensor
         if not found:
             raise Malformed(f"model.onnx has no initializer of {name}{part}", tensor=name)
         return found
 
-    def _decode(self, form: str, operands: Mapping[str, onnx.TensorProto], shape: tuple[int, ...]) -> np.ndarray:
-        if form == "floats":
-            return self.graph.floats(operands["data"])
-        names = {tensor.name for tensor in operands.values()}
-        return self.graph.matrix(names, shape[1]) if form == "matrix" else self.graph.table(names, shape[0])
-
-    def _piece(self, form: str, operands: Mapping[str, onnx.TensorProto]) -> Piece:
+    def _piece(self, operands: Mapping[str, onnx.TensorProto], cols: int) -> Piece:
         arrays = {key: self.graph.array(tensor) for key, tensor in operands.items()}
-        if "codes" in arrays:
-            turn = (lambda a: a) if form == "table" else np.transpose
-            codes = turn(arrays["codes"].astype(np.int32))
-            scale, zero, offset = (turn(arrays[k]) if k in arrays else None for k in _PARAMETERS)
-            zero = None if zero is None else zero.astype(np.int32)
+        if "codes" not in arrays:
+            arrays = self._unpacked(operands["B"].name, arrays)
+        elif self.graph.turned(operands["codes"].name):
+            arrays = {key: array.T for key, array in arrays.items()}
+        block = -(-arrays["codes"].shape[1] // arrays["scales"].shape[1])
+        codes = arrays["codes"][:, :cols].astype(np.int32)  # the last block may reach beyond the matrix
+        wide = {key: np.repeat(a, block, axis=1)[:, :cols] for key, a in arrays.items() if key != "codes"}
+        zero = wide["zero_points"].astype(np.int32) if "zero_points" in wide else np.int32(0)
+        return Piece(codes - zero, wide["scales"], wide.get("offsets"))
+
+    def _unpacked(self, name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Operands of MatMulNBits and GatherBlockQuantized: codes (rows, cols), the others (rows, blocks)."""
+        bits = self.graph.bits(name)
+        rows, blocks = arrays["scales"].shape
+        found = {"codes": unpack_bits(arrays["B"].reshape(rows, -1), bits), "scales": arrays["scales"]}
+        if "zero_points" in arrays:
+            found["zero_points"] = unpack_bits(arrays["zero_points"], bits)[:, :blocks]
         else:
-            bits = self.graph.bits(operands["B"].name)
-            rows, blocks = arrays["scales"].shape
-            codes = unpack_bits(arrays["B"].reshape(rows, -1), bits)
-            scale = arrays["scales"]
-            packed = arrays.get("zero_points")
-            zero = np.full((rows, blocks), 1 << (bits - 1)) if packed is None else unpack_bits(packed, bits)[:, :blocks]
-            offset = arrays["offsets"].T if "offsets" in arrays else None
-        block = -(-codes.shape[1] // scale.shape[1])
-        spread = [
-            None if a is None else np.repeat(a, block, axis=1)[:, : codes.shape[1]] for a in (scale, zero, offset)
-        ]
-        q = codes if spread[1] is None else codes - spread[1]
-        return Piece(q, spread[0], spread[2])
+            found["zero_points"] = np.full((rows, blocks), 1 << (bits - 1))
+        if "offsets" in arrays:
+            found["offsets"] = arrays["offsets"].T
+        return found
 
 
-_PARAMETERS = ("scales", "zero_points", "offsets")
-
-
-def _join(parts: list[tuple[tuple[int, int] | None, np.ndarray]], shape: tuple[int, ...], name: str) -> np.ndarray:
+def _join(parts: list[tuple[Rows, np.ndarray]], shape: tuple[int, ...], name: str) -> np.ndarray:
     """Runs of rows put together; every row exactly once."""
     if len(parts) == 1 and parts[0][0] is None:
         return parts[0][1]

@@ -91,7 +91,7 @@ def encoding_checks(
     target: str, artifact: Path, tokenizer_json: bytes, texts: Sequence[str], limits: Limits
 ) -> list[Check]:
     """Ids of `texts` by tokenizers and by llama.cpp, with and without the special tokens that frame a text."""
-    checks = []
+    checks: list[Check] = []
     for framed in (True, False):
         metric = "encoding_mismatches" if framed else "encoding_mismatches_unframed"
         try:

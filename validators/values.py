@@ -75,6 +75,9 @@ def prove_values(
                 _compare(tally, tensor, part, weight)
             except TightshipError as error:
                 tally.faults[tensor.name] = (int(np.prod(tensor.shape)), str(error))
+            except Exception as error:  # a damaged tensor may make its decoder raise anything
+                what = f"cannot be decoded: {type(error).__name__}: {str(error)[:200]}"
+                tally.faults[tensor.name] = (int(np.prod(tensor.shape)), what)
     progress(f"values of {plan.target.id}", len(plan.tensors), len(plan.tensors))
     checks = [*_value_checks(plan.target.id, tally), *_integer_checks(plan.target.id, tally)]
     return ValuesProof(checks, tally.zeros / max(tally.counted, 1), tally.digests)

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
+from tightship.checkpoint import Checkpoint
 from tightship.exporters.to_gguf import GgufExporter
+from tightship.exporters.to_onnx import OnnxExporter
 from tightship.formats.gguf_file import read_gguf
 from tightship.formats.layouts import parse_layout
 from tightship.opening import open_checkpoint
@@ -18,9 +20,10 @@ from tightship.report import Check
 from tightship.target import Target
 from tightship.validators import integers
 from tightship.validators.integers import Piece
+from tightship.validators.parity import judge
 from tightship.validators.stored import open_stored
 from tightship.validators.values import ValuesProof, difference, expected_value, prove_values
-from tightship.weights import Dense
+from tightship.weights import Alias, Dense, Factored, Quantized, Sum
 
 EMBER = Path(__file__).resolve().parents[2] / "examples" / "ember"
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -174,6 +177,33 @@ def test_llama_rows_are_turned_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(raw[64 + 7], wanted[64 + 3 + 32])
     np.testing.assert_array_equal(stored.value(name), wanted)
     assert failures(prove_values(checkpoint, plan, stored)) == []
+
+
+@pytest.mark.parametrize("profile", [None, "portable"])
+def test_shared_table_and_low_rank_in_onnx(original: Checkpoint, tmp_path: Path, profile: str | None) -> None:
+    """A quantized embedding that is also the head, a factored matrix, and a packed matrix with a residual."""
+    rng = np.random.default_rng(0)
+    int8 = parse_layout("int8")
+    factors = [Dense.of(rng.normal(size=shape).astype(np.float32)) for shape in ((64, 5), (5, 64))]
+    table = original.resolve("model.embed_tokens.weight").value()
+    base = Quantized.of(int8, int8.quantize(original.resolve(Q).value()))
+    checkpoint = original.replace(config={**original.config, "tie_word_embeddings": True}).with_weights(
+        {
+            "model.embed_tokens.weight": Quantized.of(int8, int8.quantize(table)),
+            "lm_head.weight": Alias("model.embed_tokens.weight"),
+            O: Factored(*factors),
+            Q: Sum(base, Factored(*factors)),
+        }
+    )
+    exporter = OnnxExporter(judge=judge)
+    plan = exporter.plan(checkpoint, Target("onnx", None, {"profile": profile} if profile else {}))
+    exported = exporter.export(checkpoint, plan, tmp_path)
+    stored = open_stored(checkpoint, plan, tmp_path, exported)
+    proof = prove_values(checkpoint, plan, stored)
+    assert failures(proof) == []
+    assert set(proof.digests) == {"model.embed_tokens.weight", f"{Q}.base"}
+    np.testing.assert_array_equal(stored.value(O, ".left"), factors[0].value())
+    np.testing.assert_array_equal(stored.value(Q, ".residual.right"), factors[1].value())
 
 
 def test_expected_value_casts_to_nearest_even() -> None:
