@@ -6,6 +6,7 @@ What GGUF does to a tensor is undone here by definitions of its own:
 |----------------|-----------------------------------------------------------------------------------------------|
 | rope_permute_q | rows of each head interleaved: stored row 2j + i is row i * d/2 + j, d the head dimension      |
 | rope_permute_k | the same with the key heads                                                                    |
+| qkv_by_group   | groups of query heads with their key and value head taken apart: all q, all k, all v           |
 | plus_one       | one added (Gemma's norms)                                                                      |
 | experts        | one stack (experts, out, in) for all experts of a block                                        |
 """
@@ -79,6 +80,8 @@ class GgufStored:
         transform = self._transform(name)
         if transform in (None, "plus_one"):
             return None
+        if transform == "qkv_by_group":
+            return _fused_rows(shape[0], int(self.checkpoint.hyper["heads"]), int(self.checkpoint.hyper["kv_heads"]))
         if transform not in ("rope_permute_q", "rope_permute_k"):
             raise Malformed(f"the proof does not know the transform {transform!r}", tensor=name)
         heads = int(self.checkpoint.hyper["heads" if transform == "rope_permute_q" else "kv_heads"])
@@ -87,3 +90,14 @@ class GgufStored:
         head, inside = row // size, row % size
         half, pair = inside // (size // 2), inside % (size // 2)
         return head * size + 2 * pair + half
+
+
+def _fused_rows(rows: int, heads: int, groups: int) -> np.ndarray:
+    """Stored row of each row of a fused matrix whose groups are (query heads, key head, value head)."""
+    shared = heads // groups
+    size = rows // (heads + 2 * groups)
+    head, inside = np.divmod(np.arange(rows), size)
+    group, place = np.divmod(head, shared + 2)
+    query = group * shared + place
+    key, value = heads + group, heads + groups + group
+    return np.select([place < shared, place == shared], [query, key], value) * size + inside

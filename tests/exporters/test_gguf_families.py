@@ -15,6 +15,8 @@ from tightship.modelview import ModelView
 from tightship.opening import open_checkpoint
 from tightship.target import Target
 from tightship.validators.llama_gelu import llama_gelus
+from tightship.validators.stored_gguf import GgufStored
+from tightship.validators.values import prove_values
 
 SIZES = {
     "vocab_size": 512,
@@ -104,7 +106,9 @@ def test_logits_are_those_of_transformers(
     name: str, save_model: Callable, byte_level: Path, to_file: Callable, in_llama_cpp: Callable
 ) -> None:
     checkpoint = open_checkpoint(save_model(*{**EXACT, **GELU}[name], byte_level))
-    _, file = to_file(checkpoint)
+    plan, file = to_file(checkpoint)
+    proof = prove_values(checkpoint, plan, GgufStored(checkpoint, plan, [file]))
+    assert [check for check in proof.checks if check.verdict == "fail"] == []
     ids = np.random.default_rng(1).integers(3, 500, (2, 40))
     view = ModelView(checkpoint)
     with llama_gelus(view.module()):
