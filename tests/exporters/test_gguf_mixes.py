@@ -103,6 +103,22 @@ def header_only(name: str, path: Path) -> list[Matrix]:
     return listed
 
 
+@pytest.mark.parametrize("scheme", ["q4_k_m", "q2_k", "mxfp4_moe"])
+def test_whole_files_with_experts(
+    scheme: str, save_model: Callable, byte_level: Path, to_file: Callable, tmp_path: Path
+) -> None:
+    config = {
+        "vocab_size": 512, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_local_experts": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "sliding_window": None,
+    }  # fmt: skip
+    checkpoint = open_checkpoint(save_model("MixtralForCausalLM", config, byte_level))
+    _, source = to_file(checkpoint)
+    _, ours = to_file(checkpoint, scheme)
+    theirs = tmp_path / "theirs.gguf"
+    llama_quantize(source, theirs, str(gguf_mixes.scheme(scheme)["file_type"]))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
 def zeros(shape: tuple[int, ...]) -> list[np.ndarray]:
     return [np.zeros(shape, np.float32)]
 
