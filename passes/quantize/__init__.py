@@ -34,7 +34,7 @@ _SOLVERS = {
     "importance": "tightship.passes.quantize.importance",
     "gptq": "tightship.passes.quantize.gptq",
 }
-_SOLVER_OPTIONS = ("actorder", "damp")
+_SOLVER_OPTIONS = ("actorder", "damp", "sweeps")
 _INCLUDE = {"embeddings": ("embedding", "position"), "head": ("head",)}
 
 
@@ -55,7 +55,7 @@ class Solver(ABC):
 
     Class attributes:
         needs, revision, per_tensor: as of a pass.
-        options: which of `actorder` and `damp` it has.
+        options: which of `actorder`, `damp` and `sweeps` it has.
     """
 
     needs: ClassVar[Needs] = "nothing"
@@ -89,7 +89,11 @@ class Solver(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize(Pass):
-    """See the module. `actorder` (static activation order) and `damp` (share of the mean diagonal) belong to gptq."""
+    """See the module.
+
+    For gptq alone: `actorder` (static activation order; by default the better of both), `damp` (share of the mean
+    diagonal) and `sweeps` (of coordinate descent afterwards).
+    """
 
     name: ClassVar[str] = "quantize"
     makes: ClassVar[frozenset[str]] = frozenset({"grid"})
@@ -101,6 +105,7 @@ class Quantize(Pass):
     layouts: Mapping[str, Any] = field(default_factory=dict)
     actorder: bool | None = None
     damp: float | None = None
+    sweeps: int | None = None
 
     def __post_init__(self) -> None:
         if self.layout is None and not self.layouts:
@@ -112,6 +117,8 @@ class Quantize(Pass):
             raise UsageError(
                 f"quantize: damp is a share of the mean diagonal, above 0 and at most 1; found {self.damp}"
             )
+        if self.sweeps is not None and self.sweeps < 0:
+            raise UsageError(f"quantize: sweeps is a count, found {self.sweeps}")
         self.method.check(self)
 
     @property

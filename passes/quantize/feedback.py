@@ -15,17 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tightship.layout import AffineGrid, Arrays, Context, Grid, Layout
+from tightship.layout import Arrays, Context, Layout
 from tightship.passes.hessian import inverse_factor
+from tightship.passes.quantize.columns import TOGETHER, Columns
 
 if TYPE_CHECKING:
     import torch
-
-_COLUMNS = 128  # errors within so many columns are spread at once, those beyond them in one product
 
 
 @dataclass(frozen=True)
@@ -64,52 +63,10 @@ def round_with_feedback(
         return job.as_they_lie()
     params = layout.fit(w, diagonal, job.context)
     params.pop("codes", None)
-    grid = _Columns.of(layout.grid(params), w.shape, how.device)
+    grid = Columns.of(layout.grid(params), w.shape, how.device)
     codes = np.empty(w.shape, layout.array_specs(w.shape)["codes"].dtype)
     codes[:, order] = job.run(grid.take(order))
     return {"codes": codes, **params}
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """A grid column by column, (rows, cols) float64 each; `table` is None for affine grids."""
-
-    scale: torch.Tensor
-    offset: torch.Tensor | None
-    low: int
-    high: int
-    table: torch.Tensor | None
-
-    @classmethod
-    def of(cls, grid: Grid, shape: tuple[int, ...], device: str) -> _Columns:
-        import torch
-
-        def wide(values: Any) -> torch.Tensor:
-            return torch.from_numpy(np.broadcast_to(np.asarray(values), shape).astype(np.float64)).to(device)
-
-        if isinstance(grid, AffineGrid):
-            return cls(wide(grid.scale), wide(grid.offset), grid.lo, grid.hi, None)
-        table = torch.from_numpy(np.asarray(grid.table, np.float64)).to(device)
-        return cls(wide(grid.scale), None, 0, len(table) - 1, table)
-
-    def take(self, order: np.ndarray) -> _Columns:
-        """The columns in another order."""
-        offset = None if self.offset is None else self.offset[:, order]
-        return _Columns(self.scale[:, order], offset, self.low, self.high, self.table)
-
-    def round(self, w: torch.Tensor, j: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and values of column j nearest to `w` (rows,). A zero scale says code 0, clamped, like `nearest`."""
-        import torch
-
-        scale = self.scale[:, j]
-        safe = torch.where(scale == 0, 1.0, scale)
-        if self.table is not None:
-            codes = (w[:, None] / safe[:, None] - self.table).abs().argmin(dim=1)
-            return codes, scale * self.table[codes]
-        offset = self.offset[:, j]  # type: ignore[index] - affine grids have one
-        exact = torch.where(scale == 0, 0.0, (w - offset) / safe)
-        codes = exact.round().clamp(self.low, self.high)
-        return codes, scale * codes + offset
 
 
 @dataclass
@@ -135,20 +92,20 @@ class _Job:
             block = now.float().cpu().numpy()
             params = self.layout.fit(block, self.importance[start : start + width], self.context)
             params.pop("codes", None)
-            grid = _Columns.of(self.layout.grid(params), block.shape, str(self.weights.device))
+            grid = Columns.of(self.layout.grid(params), block.shape, str(self.weights.device))
             found.append({"codes": self.run(grid, start, start + width), **params})
         whole = {key: np.concatenate([part[key] for part in found], axis=1) for key in found[0]}
         whole["codes"] = whole["codes"].astype(self.layout.array_specs(tuple(self.weights.shape))["codes"].dtype)
         return whole
 
-    def run(self, grid: _Columns, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def run(self, grid: Columns, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Round columns [start, stop), of which `grid` speaks, and bring all later columns up to date."""
         import torch
 
         stop = self.weights.shape[1] if stop is None else stop
         codes = torch.empty((len(self.weights), stop - start), dtype=torch.int32, device=self.weights.device)
-        for first in range(start, stop, _COLUMNS):
-            last = min(first + _COLUMNS, stop)
+        for first in range(start, stop, TOGETHER):
+            last = min(first + TOGETHER, stop)
             block = self.weights[:, first:last]
             factor = self.factor[first:last, first:last]
             errors = torch.empty_like(block)

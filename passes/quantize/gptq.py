@@ -1,13 +1,16 @@
 """GPTQ on every grid: parameters searched with importance, codes rounded with error feedback.
 
-Both orders of `feedback` are tried, unless `actorder` says which. The feedback can lose to plain rounding on a matrix
-that few tokens reached; of all candidates the one with the least calibration loss is kept, and the report says which.
-A matrix whose moments have no inverse is an error, never a silent rounding.
+Both orders of `feedback` are tried, unless `actorder` says which; the better one is improved by `sweeps` of `descent`.
+Feedback can lose to plain rounding on a matrix that few tokens reached; of all candidates the one with the least
+calibration loss is kept, and the report says which. A matrix whose moments have no inverse is an error, never a silent
+rounding.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
+
+import numpy as np
 
 from tightship.errors import Unsupported
 from tightship.layout import Arrays
@@ -15,14 +18,17 @@ from tightship.passes.calibration import Figures, Moments
 from tightship.passes.hessian import DAMP, NotPositive
 from tightship.passes.quantize import Matrix, Quantize
 from tightship.passes.quantize.calibrated import Calibrated, error, output_energy, rounded, values
+from tightship.passes.quantize.descent import descend
 from tightship.passes.quantize.feedback import Feedback, round_with_feedback
+
+SWEEPS = 2
 
 
 class Gptq(Calibrated):
     """See the module."""
 
     full: ClassVar[bool] = True
-    options: ClassVar[frozenset[str]] = frozenset({"actorder", "damp"})
+    options: ClassVar[frozenset[str]] = frozenset({"actorder", "damp", "sweeps"})
 
     def check_matrix(self, name: str, matrix: Matrix) -> None:
         if matrix.layout.code_width > 1:
@@ -37,15 +43,12 @@ class Gptq(Calibrated):
     ) -> tuple[Arrays, Figures]:
         w = values(name, matrix)
         (plain, loss_rtn), (searched, loss_searched) = rounded(name, matrix, w, moments)
-        candidates = {"importance": (searched, loss_searched), "rtn": (plain, loss_rtn)}
-        for actorder in (True, False) if spec.actorder is None else (spec.actorder,):
-            how = Feedback(actorder=actorder, damp=DAMP if spec.damp is None else spec.damp, device=device)
-            try:
-                arrays = round_with_feedback(w, moments.second, matrix.layout, how, keep_zeros=pruned)
-            except NotPositive as failure:
-                raise NotPositive(failure.message, tensor=name, hint=failure.hint) from failure
-            word = "gptq-actorder" if actorder else "gptq"
-            candidates[word] = (arrays, error(matrix, w, arrays, moments))
+        fed_back, word = self._fed_back(spec, name, matrix, moments, w, pruned=pruned, device=device)
+        candidates = {
+            word: (fed_back, error(matrix, w, fed_back, moments)),
+            "importance": (searched, loss_searched),
+            "rtn": (plain, loss_rtn),
+        }
         chosen = min(candidates, key=lambda solver: candidates[solver][1])
         energy = output_energy(w, moments) or 1.0
         best, lowest = candidates[chosen]
@@ -55,6 +58,26 @@ class Gptq(Calibrated):
             "loss_importance": loss_searched / energy,
             "loss_rtn": loss_rtn / energy,
         }
+
+    def _fed_back(
+        self, spec: Quantize, name: str, matrix: Matrix, moments: Moments, w: np.ndarray, *, pruned: bool, device: str
+    ) -> tuple[Arrays, str]:
+        """The better order's codes, improved by descent, and its name."""
+        damp = DAMP if spec.damp is None else spec.damp
+        found: dict[str, Arrays] = {}
+        for actorder in (True, False) if spec.actorder is None else (spec.actorder,):
+            how = Feedback(actorder=actorder, damp=damp, device=device)
+            try:
+                arrays = round_with_feedback(w, moments.second, matrix.layout, how, keep_zeros=pruned)
+            except NotPositive as failure:
+                raise NotPositive(failure.message, tensor=name, hint=failure.hint) from failure
+            found["gptq-actorder" if actorder else "gptq"] = arrays
+        word = min(found, key=lambda order: error(matrix, w, found[order], moments))
+        best = descend(
+            found[word], w, moments.second, matrix.layout,
+            sweeps=SWEEPS if spec.sweeps is None else spec.sweeps, damp=damp, keep_zeros=pruned, device=device,
+        )  # fmt: skip
+        return best, word
 
 
 SOLVER = Gptq()

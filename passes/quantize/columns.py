@@ -1,0 +1,57 @@
+"""A layout's grid, one column at a time, for solvers that round in torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tightship.layout import AffineGrid, Grid
+
+if TYPE_CHECKING:
+    import torch
+
+TOGETHER = 128  # changes within so many columns are spread at once, those beyond them in one product
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A grid column by column, (rows, cols) float64 each; `table` is None for affine grids."""
+
+    scale: torch.Tensor
+    offset: torch.Tensor | None
+    low: int
+    high: int
+    table: torch.Tensor | None
+
+    @classmethod
+    def of(cls, grid: Grid, shape: tuple[int, ...], device: str) -> Columns:
+        import torch
+
+        def wide(values: Any) -> torch.Tensor:
+            return torch.from_numpy(np.broadcast_to(np.asarray(values), shape).astype(np.float64)).to(device)
+
+        if isinstance(grid, AffineGrid):
+            return cls(wide(grid.scale), wide(grid.offset), grid.lo, grid.hi, None)
+        table = torch.from_numpy(np.asarray(grid.table, np.float64)).to(device)
+        return cls(wide(grid.scale), None, 0, len(table) - 1, table)
+
+    def take(self, order: np.ndarray) -> Columns:
+        """The columns in another order."""
+        offset = None if self.offset is None else self.offset[:, order]
+        return Columns(self.scale[:, order], offset, self.low, self.high, self.table)
+
+    def round(self, w: torch.Tensor, j: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and values of column j nearest to `w` (rows,). A zero scale says code 0, clamped, like `nearest`."""
+        import torch
+
+        scale = self.scale[:, j]
+        safe = torch.where(scale == 0, 1.0, scale)
+        if self.table is not None:
+            codes = (w[:, None] / safe[:, None] - self.table).abs().argmin(dim=1)
+            return codes, scale * self.table[codes]
+        offset = self.offset[:, j]  # type: ignore[index] - affine grids have one
+        exact = torch.where(scale == 0, 0.0, (w - offset) / safe)
+        codes = exact.round().clamp(self.low, self.high)
+        return codes, scale * codes + offset

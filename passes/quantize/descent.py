@@ -1,0 +1,56 @@
+"""Coordinate descent on codes: each column in turn takes the values that are best given all others.
+
+With D the error of the matrix and S its (damped) moments, G = D S says how the loss tr(D S D^T) changes. The best value
+for column j, all others fixed, is w_j's present value - G_j / S_jj; rounded to the grid, it can only lower the loss.
+After GPTQ, which never looks back at a column, one sweep takes some 5 to 15 % off its loss at 2 to 4 bits. Parameters
+stay as they are. The idea is known from QuantEase (arXiv:2309.01885) and CDQuant (arXiv:2406.17542).
+
+Arithmetic is float64.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tightship.layout import Arrays, Layout
+from tightship.passes.quantize.columns import TOGETHER, Columns
+
+
+def descend(
+    arrays: Arrays, w: np.ndarray, second: np.ndarray, layout: Layout, *, sweeps: int, damp: float, keep_zeros: bool,
+    device: str = "cpu",
+) -> Arrays:  # fmt: skip
+    """`arrays` with codes improved by up to `sweeps` sweeps; fewer where nothing changes any more.
+
+    `w` (rows, cols) float32 is the original, `second` (cols, cols) float64 its moments. With `keep_zeros`, weights
+    that are 0.0 in `w` keep their code.
+    """
+    import torch
+
+    params = {key: value for key, value in arrays.items() if key != "codes"}
+    grid = Columns.of(layout.grid(params), w.shape, device)
+    moments = torch.from_numpy(second.astype(np.float64)).to(device)
+    moments.diagonal().add_(damp * (float(moments.diagonal().mean()) or 1.0))
+    values = torch.from_numpy(layout.values(arrays)).to(device)
+    codes = torch.from_numpy(arrays["codes"].astype(np.int32)).to(device)
+    fixed = torch.from_numpy(w == 0).to(device) if keep_zeros else None
+    slope = (values - torch.from_numpy(w.astype(np.float64)).to(device)) @ moments
+    for _ in range(sweeps):
+        moved = False
+        for first in range(0, w.shape[1], TOGETHER):
+            run = slice(first, min(first + TOGETHER, w.shape[1]))
+            change = torch.zeros_like(values[:, run])
+            local = slope[:, run].clone()
+            for j in range(run.start, run.stop):
+                code, value = grid.round(values[:, j] - local[:, j - first] / moments[j, j], j)
+                if fixed is not None:
+                    code = torch.where(fixed[:, j], codes[:, j], code.int())
+                    value = torch.where(fixed[:, j], values[:, j], value)
+                change[:, j - first] = value - values[:, j]
+                local.addr_(change[:, j - first], moments[j, run])
+                codes[:, j], values[:, j] = code.int(), value
+            slope.addmm_(change, moments[run])
+            moved = moved or bool(change.any())
+        if not moved:
+            break
+    return {**arrays, "codes": codes.cpu().numpy().astype(arrays["codes"].dtype)}
