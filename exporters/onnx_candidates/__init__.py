@@ -11,6 +11,7 @@ from tightship.exporters.onnx_candidates.skeleton import Candidate
 def candidates() -> tuple[Candidate, ...]:
     """Every graph source, in the order in which they are tried."""
     from tightship.exporters.onnx_candidates.capture import CaptureCandidate
+    from tightship.exporters.onnx_candidates.direct import DirectCandidate
     from tightship.exporters.onnx_candidates.mobius_graphs import MobiusCandidate
 
-    return (MobiusCandidate(), CaptureCandidate())
+    return (MobiusCandidate(), DirectCandidate(), CaptureCandidate())
