@@ -1,4 +1,4 @@
-"""transformers loads packed safetensors in two ways, and each is wrong for some files; the client picks the right one."""
+"""transformers has two ways to load packed safetensors, each wrong for some files; the client picks the right one."""
 
 from __future__ import annotations
 
