@@ -25,7 +25,7 @@ from tightship.target import Target
 EMBER = Path(__file__).parents[2] / "examples" / "ember"
 WHOLE_FILE = [
     "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s",
-    "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0",
+    "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs", "iq3_s", "iq3_m", "tq1_0", "tq2_0",
 ]  # fmt: skip
 # name -> architecture, layers, heads, key heads, experts, columns, whether there is an output.weight
 MODELS = {
@@ -103,6 +103,7 @@ def header_only(name: str, path: Path) -> list[Matrix]:
     return listed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["q4_k_m", "q2_k", "mxfp4_moe"])
 def test_whole_files_with_experts(
     scheme: str, save_model: Callable, byte_level: Path, to_file: Callable, tmp_path: Path
