@@ -27,7 +27,7 @@ Read from compressed_tensors/compressors/pack_quantized/helpers.py and naive_qua
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -36,7 +36,7 @@ from tightship.errors import Malformed
 from tightship.formats.layouts.affine import Affine
 from tightship.layout import Arrays, ArraySpec
 
-_CHUNK = 1 << 22  # codes unfolded into single bits at a time
+_CHUNK = 1 << 20  # codes worked on at a time; odd widths unfold each into single bits
 
 
 def packed_words(count: int, bits: int) -> int:
@@ -48,12 +48,9 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     """(rows, cols) signed codes to (rows, words) int32."""
     rows, cols = codes.shape
     words = np.zeros((rows, packed_words(cols, bits) * 4), np.uint8)
-    step = max(1, _CHUNK // max(cols, 1))
-    for start in range(0, rows, step):
-        unsigned = (codes[start : start + step].astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
-        single = np.unpackbits(unsigned[..., None], axis=-1, count=bits, bitorder="little")
-        stream = np.packbits(single.reshape(len(unsigned), -1), axis=1, bitorder="little")
-        words[start : start + step, : stream.shape[1]] = stream
+    for part in _parts(rows, cols):
+        stream = _to_bytes(codes[part].view(np.uint8) + np.uint8(1 << (bits - 1)), bits)
+        words[part, : stream.shape[1]] = stream
     return words.view("<i4")
 
 
@@ -67,13 +64,40 @@ def unpack_codes(words: np.ndarray, bits: int, cols: int) -> np.ndarray:
         raise Malformed(f"{cols} codes of {bits} bits take {packed_words(cols, bits)} words, found {words.shape[1]}")
     codes = np.empty((words.shape[0], cols), np.int8)
     raw = np.ascontiguousarray(words, "<i4").view(np.uint8)
-    step = max(1, _CHUNK // max(cols, 1))
-    for start in range(0, len(codes), step):
-        single = np.unpackbits(raw[start : start + step], axis=1, count=cols * bits, bitorder="little")
-        single = single.reshape(-1, cols, bits)
-        unsigned = np.packbits(single, axis=2, bitorder="little")[..., 0]
-        codes[start : start + step] = unsigned.astype(np.int16) - (1 << (bits - 1))
+    for part in _parts(len(codes), cols):
+        codes[part] = (_from_bytes(raw[part], bits, cols) - np.uint8(1 << (bits - 1))).view(np.int8)
     return codes
+
+
+def _parts(rows: int, cols: int) -> Iterator[slice]:
+    """Runs of rows that keep the intermediate arrays small."""
+    step = max(1, _CHUNK // max(cols, 1))
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _to_bytes(unsigned: np.ndarray, bits: int) -> np.ndarray:
+    """(rows, cols) values below 2^bits to (rows, bytes): the dense stream, lowest bit first."""
+    if 8 % bits:
+        single = np.unpackbits(unsigned[..., None], axis=-1, count=bits, bitorder="little")
+        return np.packbits(single.reshape(len(unsigned), -1), axis=1, bitorder="little")
+    each = 8 // bits
+    padded = np.pad(unsigned, ((0, 0), (0, -unsigned.shape[1] % each))) if unsigned.shape[1] % each else unsigned
+    stream = padded[:, ::each].copy()
+    for place in range(1, each):
+        stream |= padded[:, place::each] << np.uint8(place * bits)
+    return stream
+
+
+def _from_bytes(stream: np.ndarray, bits: int, cols: int) -> np.ndarray:
+    """The inverse of `_to_bytes`; bytes behind the last value are not looked at."""
+    if 8 % bits:
+        single = np.unpackbits(stream, axis=1, count=cols * bits, bitorder="little")
+        return np.packbits(single.reshape(-1, cols, bits), axis=2, bitorder="little")[..., 0]
+    each = 8 // bits
+    unsigned = np.empty((len(stream), stream.shape[1] * each), np.uint8)
+    for place in range(each):
+        unsigned[:, place::each] = (stream >> np.uint8(place * bits)) & np.uint8((1 << bits) - 1)
+    return unsigned[:, :cols]
 
 
 def packed_specs(layout: Affine, shape: tuple[int, int]) -> dict[str, ArraySpec]:

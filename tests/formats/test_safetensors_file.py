@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tightship.formats.safetensors_file import SafetensorsWriter, Spec, read_header
 
 from tightship.dtypes import dtype, of_array
+from tightship.formats.safetensors_file import SafetensorsWriter, Spec, read_header
 
 
 def write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tightship.formats.safetensors_file import MAX_HEADER, read_header
 
 from tightship.errors import Malformed, Unsupported
+from tightship.formats.safetensors_file import MAX_HEADER, read_header
 
 
 def entry(begin: int = 0, end: int = 8, shape: Any = (2,), dtype: Any = "F32") -> dict[str, Any]:
