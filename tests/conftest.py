@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from safetensors.numpy import load_file
 from tightship.architecture import architecture_for
 from tightship.checkpoint import Checkpoint, Source
 from tightship.weights import Dense
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does; read when OpenMP is loaded
 
 SIZES = {
     "vocab_size": 96,

@@ -22,10 +22,12 @@ from tightship.target import Exported, TargetPlan, total_bytes
 from tightship.validators import tokenizers_check
 from tightship.validators.fidelity import (
     DECODED,
+    GELU,
     Run,
     compare,
     execute,
     failed_run,
+    figure_with_its_gelu,
     judged,
     runs_for,
     storage_word,
@@ -118,6 +120,7 @@ class _Proof:
             values = prove_values(self.prover.compressed, self.plan, stored, self.settings.progress)
             self.checks += [*values.checks, *self._same_integers(values)]
             self.checks += self._tokenizer()
+            self._graph_source()
             self._decoded(stored)
         except UsageError:
             raise
@@ -157,6 +160,18 @@ class _Proof:
         path = self.directory / self.exported.main
         return tokenizers_check.gguf_checks(compressed, self.target, path, texts, self.settings.limits)
 
+    def _graph_source(self) -> None:
+        """How far the chosen graph was off on a random model, and why others were refused; judged before the export."""
+        *refused, chosen = self.exported.details.get("candidates") or [None]
+        if chosen:
+            reasons = {candidate["source"]: candidate["reason"] for candidate in refused}
+            self.checks.append(
+                judge(
+                    target=self.target, runtime="onnxruntime", kind="graph", metric="random_model_rel_l2",
+                    value=chosen["margin"], extra={"refused": reasons},
+                )
+            )  # fmt: skip
+
     # What the runtimes compute
 
     def _decoded(self, stored: Stored) -> None:
@@ -194,6 +209,9 @@ class _Proof:
             return
         storage = storage_word(self.plan, self.prover.compressed, run)
         self.checks += judged(run, figures, self.target, storage, about.get("version"))
+        if storage == GELU:
+            exact = self.prover.references.outputs_of(self.prover.compressed, with_llama_gelu=True)
+            self.checks.append(figure_with_its_gelu(exact, outputs, windows, self.target))
         if not run.decode:
             self.ran[f"{run.runtime}/{run.kind}"] = (run, outputs)
 

@@ -9,7 +9,9 @@
 | past_key_values.{i}.key, .value  | float | (batch_size, kv_heads, past_sequence_length, head_dim) |
 
 Outputs: `logits` float (batch_size, sequence_length, vocabulary) and `present.{i}.key`, `.value` in the order of the
-past, or `last_hidden_state` float (batch_size, sequence_length, hidden), with `logits` for masked language models.
+past; `last_hidden_state` float (batch_size, sequence_length, hidden), with `logits` for masked language models; `logits`
+float (batch_size, labels) or (batch_size, sequence_length, labels) for classifiers; `start_logits` and `end_logits` float
+(batch_size, sequence_length) for question answering.
 """
 
 from __future__ import annotations
@@ -27,7 +29,13 @@ if TYPE_CHECKING:
 
 BATCH, SEQUENCE, TOTAL, PAST = "batch_size", "sequence_length", "total_sequence_length", "past_sequence_length"
 DECODER_TASKS = ("text-generation",)
-HEADS = {"fill-mask": ("logits", "last_hidden_state"), "feature-extraction": ("last_hidden_state",)}
+HEADS = {
+    "fill-mask": ("logits", "last_hidden_state"),
+    "feature-extraction": ("last_hidden_state",),
+    "text-classification": ("logits",),
+    "token-classification": ("logits",),
+    "question-answering": ("start_logits", "end_logits"),
+}
 
 
 @dataclass(frozen=True)
@@ -109,9 +117,8 @@ class Choice:
 
     @property
     def graph_source(self) -> str:
-        """One line for the report."""
-        chosen = self.judgements[-1]
-        return f"{chosen.source}: relative L2 {chosen.margin:.1e} on a random model with these flags"
+        """One line for manifest and report; without the measured distance, which differs between machines."""
+        return f"{self.judgements[-1].source}: right on a random model with these flags"
 
 
 Judge = Callable[[Sequence[Candidate], Checkpoint], Choice]

@@ -6,6 +6,7 @@ stdout carries data, stderr messages; `--json` prints exactly one object on stdo
 from __future__ import annotations
 
 import functools
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -25,6 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns the exit code of docs/contract.md (and exits with it when run as a script)."""
     arguments = sys.argv[1:] if argv is None else argv
     as_json = "--json" in arguments
+    # Read when OpenMP is loaded: threads that spin while they wait take the processor from the runtimes under proof.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with _terminate_as_interrupt():
             outcome = cli.main(args=arguments, prog_name="tightship", standalone_mode=False)

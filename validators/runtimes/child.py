@@ -158,6 +158,7 @@ def _environment(directory: Path, limits: Limits) -> dict[str, str]:
     home = str(directory / "home")
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(limits.threads))
     quiet = {
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait take the processor from those that work
         "PYTHONHASHSEED": "0",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
