@@ -99,6 +99,8 @@ class GgufExporter:
             written = {f"{stem}.gguf": write_gguf(directory / f"{stem}.gguf", fields, listed, progress)}
         main = min(written)
         (directory / "Modelfile").write_text(f"FROM ./{main}\n", encoding="utf-8")
+        if "imatrix.gguf" in checkpoint.files:
+            (directory / "imatrix.gguf").write_bytes(checkpoint.files["imatrix.gguf"])
         fallbacks = sum("needs rows in blocks" in p.reason for p in plan.tensors)
         digests = {name: file.sha256 for name, file in written.items()}
         details = {"sha256": digests, "fallbacks": fallbacks, "notes": list(plan.notes)}

@@ -269,7 +269,8 @@ def _read_array(cursor: _Cursor, key: str) -> Field:
 def _alignment(fields: Mapping[str, Field], cursor: _Cursor) -> int:
     architecture = fields.get("general.architecture")
     further_shard = fields.get("split.no", Field("u16", 0)).value != 0
-    if not further_shard and (architecture is None or architecture.kind != "str" or not architecture.value):
+    names_none = further_shard or fields.get("general.type") == Field("str", "imatrix")
+    if not names_none and (architecture is None or architecture.kind != "str" or not architecture.value):
         raise cursor.malformed("general.architecture must be a string that is not empty")
     field = fields.get("general.alignment", Field("u32", DEFAULT_ALIGNMENT))
     value = field.value

@@ -47,6 +47,15 @@ def shard_name(stem: str, number: int, count: int) -> str:
     return f"{stem}-{number + 1:05}-of-{count:05}.gguf"
 
 
+def file_names(main: str) -> tuple[str, ...]:
+    """All files of the model whose first or only file is called `main`; what lies beside them is not of the model."""
+    match = _NAME.fullmatch(main)
+    if match is None:
+        return (main,)
+    count = int(match["count"])
+    return tuple(shard_name(match["stem"], number, count) for number in range(count))
+
+
 def read_shards(path: str | Path) -> GgufModel:
     """Read a file, and its siblings where it is a shard; any shard of a model will do.
 

@@ -45,9 +45,10 @@ def open_stored(checkpoint: Checkpoint, plan: TargetPlan, directory: Path, expor
         UsageError: no such container.
     """
     if plan.target.container == "gguf":
+        from tightship.formats.gguf_shards import file_names
         from tightship.validators.stored_gguf import GgufStored
 
-        return GgufStored(checkpoint, plan, [directory / f for f in exported.files if f.endswith(".gguf")])
+        return GgufStored(checkpoint, plan, [directory / name for name in file_names(exported.main)])
     if plan.target.container == "onnx":
         from tightship.validators.stored_onnx import OnnxStored
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tightship.checkpoint import Checkpoint
+from tightship.formats.gguf_shards import file_names
 from tightship.report import Check, judge
 from tightship.target import Exported, TargetPlan, TensorPlan, sorted_files, total_bytes
 from tightship.validators.stored import Stored
@@ -205,8 +206,11 @@ def _index(directory: Path) -> Iterator[Fault]:
 
 def _bytes(plan: TargetPlan, directory: Path, exported: Exported) -> Check:
     """Bytes of the weight files beyond the plan's; ONNX adds its graph, so there it is only reported."""
-    endings = {"gguf": (".gguf",), "safetensors": (".safetensors",), "onnx": (".onnx", ".onnx_data")}
-    weights = [name for name in exported.files if name.endswith(endings[plan.target.container])]
+    if plan.target.container == "gguf":
+        weights = list(file_names(exported.main))
+    else:
+        endings = {"safetensors": (".safetensors",), "onnx": (".onnx", ".onnx_data")}
+        weights = [name for name in exported.files if name.endswith(endings[plan.target.container])]
     present = [name for name in weights if (directory / name).is_file()]
     exact = plan.target.container != "onnx"
     return judge(

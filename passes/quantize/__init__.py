@@ -17,10 +17,12 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from tightship.checkpoint import Checkpoint
 from tightship.dtypes import BY_NAME
+from tightship.durable import sha256_file
 from tightship.errors import Unsupported, UsageError
 from tightship.formats.layouts import parse_layout
 from tightship.layout import Layout
@@ -34,6 +36,7 @@ _SOLVERS = {
     "importance": "tightship.passes.quantize.importance",
     "gptq": "tightship.passes.quantize.gptq",
 }
+_IMPORTANCE_FILE = "tightship.passes.quantize.importance_file"
 _SOLVER_OPTIONS = ("actorder", "damp", "sweeps")
 _INCLUDE = {"embeddings": ("embedding", "position"), "head": ("head",)}
 
@@ -80,6 +83,11 @@ class Solver(ABC):
             Unsupported: naming the tensor.
         """
 
+    def check_all(self, spec: Quantize, checkpoint: Checkpoint, matrices: Mapping[str, Matrix]) -> None:  # noqa: ARG002
+        """Refuse what cannot be solved, from names and shapes: every matrix by `check_matrix`."""
+        for name, matrix in matrices.items():
+            self.check_matrix(name, matrix)
+
     @abstractmethod
     def solve(
         self, spec: Quantize, checkpoint: Checkpoint, matrices: Mapping[str, Matrix], run: Run
@@ -92,7 +100,8 @@ class Quantize(Pass):
     """See the module.
 
     For gptq alone: `actorder` (static activation order; by default the better of both), `damp` (share of the mean
-    diagonal) and `sweeps` (of coordinate descent afterwards).
+    diagonal) and `sweeps` (of coordinate descent afterwards). For importance alone: `imatrix`, a file of llama.cpp's
+    importance matrix; no calibration is needed then.
     """
 
     name: ClassVar[str] = "quantize"
@@ -106,6 +115,7 @@ class Quantize(Pass):
     actorder: bool | None = None
     damp: float | None = None
     sweeps: int | None = None
+    imatrix: str | None = None
 
     def __post_init__(self) -> None:
         if self.layout is None and not self.layouts:
@@ -119,6 +129,10 @@ class Quantize(Pass):
             )
         if self.sweeps is not None and self.sweeps < 0:
             raise UsageError(f"quantize: sweeps is a count, found {self.sweeps}")
+        if self.imatrix is not None and self.solver != "importance":
+            raise UsageError(f"quantize: imatrix is for the solver importance, found {self.solver}")
+        if self.imatrix is not None and not Path(self.imatrix).is_file():
+            raise UsageError(f"quantize: there is no importance matrix {self.imatrix}")
         self.method.check(self)
 
     @property
@@ -133,7 +147,8 @@ class Quantize(Pass):
                 f"quantize: solver {self.solver!r} is unknown{did_you_mean(self.solver, _SOLVERS)}",
                 hint=f"solvers: {', '.join(_SOLVERS)}",
             )
-        found: Solver = importlib.import_module(_SOLVERS[self.solver]).SOLVER
+        module = _SOLVERS[self.solver] if self.imatrix is None else _IMPORTANCE_FILE
+        found: Solver = importlib.import_module(module).SOLVER
         return found
 
     @property
@@ -151,6 +166,8 @@ class Quantize(Pass):
         if self.layout is not None:
             layout = layout_of(self.layout)
             options["layout"] = layout.name if isinstance(layout, Layout) else layout
+        if self.imatrix is not None:
+            options["imatrix"] = sha256_file(Path(self.imatrix))
         return {**data, "revision": f"{self.revision}.{self.method.revision}", "with": options}
 
     def requires(self, checkpoint: Checkpoint) -> None:
@@ -168,7 +185,7 @@ class Quantize(Pass):
                     tensor=name,
                     hint="int4 and the other int layouts, q8_0 and q6_k keep zeros",
                 )
-            self.method.check_matrix(name, matrix)
+        self.method.check_all(self, checkpoint, matrices)
 
     def outline(self, checkpoint: Checkpoint) -> Checkpoint:
         matrices, others = self._jobs(checkpoint)

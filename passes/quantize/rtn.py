@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from tightship.checkpoint import Checkpoint
-from tightship.layout import Arrays, Context, Layout
+from tightship.layout import Arrays, Layout
 from tightship.passes.base import Needs, Run
 from tightship.passes.masks import finite
 from tightship.passes.quantize import Matrix, Quantize, Solver
@@ -62,8 +62,7 @@ def quantize(name: str, w: np.ndarray, layout: Layout, importance: np.ndarray | 
     step = max(1, _CHUNK // max(cols, 1))
     for first in range(0, rows, step):
         part = w[first : first + step]
-        context = Context(np.mean(np.square(part), axis=1)) if importance is not None else None
-        for key, values in layout.quantize(part, importance, context).items():
+        for key, values in layout.quantize(part, importance).items():
             arrays[key][first : first + step] = values
     for key, values in arrays.items():
         if values.dtype.kind not in "iub":

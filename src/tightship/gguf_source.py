@@ -16,7 +16,6 @@ import numpy as np
 
 from tightship.architecture import Architecture, TensorInfo, all_architectures
 from tightship.checkpoint import Checkpoint, Source, check_tensors
-from tightship.digests import digest_files
 from tightship.errors import Malformed, Unsupported
 from tightship.target import Progress, no_progress
 from tightship.weights import Alias, Dense, Quantized, Weight
@@ -24,7 +23,7 @@ from tightship.weights import Alias, Dense, Quantized, Weight
 Metadata = Mapping[str, Any]
 
 
-def open_gguf(path: str | Path, progress: Progress = no_progress) -> Checkpoint:
+def open_gguf(path: str | Path, progress: Progress = no_progress, *, hashed: bool = True) -> Checkpoint:
     """Open a GGUF file, or the first of its shards.
 
     Raises:
@@ -46,11 +45,11 @@ def open_gguf(path: str | Path, progress: Progress = no_progress) -> Checkpoint:
         weights=weights,
         files=tokenizer_files(file.metadata),
         architecture=architecture,
-        source=Source(path.name, None, digest_files({p.name: p for p in file.paths}, progress)),
+        source=Source(path.name, None, (), {p.name: p for p in file.paths}),
     )
     architecture.check_supported(config)
     check_tensors(checkpoint)
-    return checkpoint
+    return checkpoint.replace(source=checkpoint.source.hashed(progress)) if hashed else checkpoint
 
 
 def _name(text: str) -> str:
@@ -60,6 +59,9 @@ def _name(text: str) -> str:
 
 def _family(metadata: Metadata) -> Architecture:
     """The family of the file's architecture, with experts or without; its namesake where several share one."""
+    kind = metadata.get("general.type", "model")
+    if kind != "model":
+        raise Unsupported(f"this GGUF file holds no model: its general.type is {kind!r}")
     arch = metadata["general.architecture"]
     candidates = [a for a in all_architectures() if a.gguf is not None and a.gguf["arch"] == arch]
     if not candidates:

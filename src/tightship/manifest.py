@@ -48,13 +48,21 @@ def versions() -> dict[str, str]:
     return found
 
 
+# Options of a target that name a file.
+_FILES = frozenset({"imatrix", "chat_template"})
+
+
 def resolved_recipe(recipe: Recipe, stages: Sequence[Stage], solves: Mapping[str, Stage | None]) -> dict[str, Any]:
     """The recipe with every default spelt out and files by name and digest instead of path."""
     passes = [{"id": s.step.id, "inputs": _inputs(recipe, s), **s.work.to_json()} for s in stages]
     targets = []
     for target in recipe.targets:
         solve = solves.get(target.id)
-        targets.append({**target_json(target), **({"solver": solve.work.to_json()["with"]["solver"]} if solve else {})})
+        files = {key: _file(recipe, str(target.options[key])) for key in _FILES & target.options.keys()}
+        entry = target_json(target)
+        if files:
+            entry["with"] |= files
+        targets.append({**entry, **({"solver": solve.work.to_json()["with"]["solver"]} if solve else {})})
     calibration = None
     if recipe.calibration is not None:
         calibration = {

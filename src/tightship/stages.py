@@ -74,7 +74,7 @@ def make_stages(recipe: Recipe, *, allow_order: bool = False) -> tuple[list[Stag
     for number, step in enumerate(recipe.passes):
         options = dict(step.options)
         if step.use == "quantize":
-            options.setdefault("solver", recipe.default_solver())
+            options = _with_solver(options, recipe)
         stages.append(Stage(step, pass_for(step.use, options, f"passes[{number}]")))
     return stages, check_order([stage.work for stage in stages], allow=allow_order)
 
@@ -93,7 +93,7 @@ def scheme_stage(checkpoint: Checkpoint, target: Target, exporter: Any, recipe: 
         if options:
             raise UsageError(f"target {target.id} quantizes nothing, so {', '.join(options)} would have no effect")
         return None
-    options.setdefault("solver", recipe.default_solver() if is_quantizing(target) else "rtn")
+    options = _with_solver(options, recipe) if is_quantizing(target) else {"solver": "rtn", **options}
     work = pass_for("quantize", {**options, "layouts": dict(layouts)}, f"target {target.id}")
     return Stage(Step("quantize", f"scheme {target.id}"), work)
 
@@ -103,8 +103,15 @@ def for_container(target: Target, recipe: Recipe) -> Target:
     theirs = _solver_options() - {"solver"}
     options = {key: value for key, value in target.options.items() if key not in theirs}
     if is_quantizing(target):
-        options.setdefault("solver", recipe.default_solver())
+        options["solver"] = _with_solver(dict(target.options), recipe)["solver"]
     return dataclasses.replace(target, options=options)
+
+
+def _with_solver(options: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """The options of a quantization with its solver said, and the path of an importance matrix as one to open."""
+    if "imatrix" in options:
+        options = {"solver": "importance", **options, "imatrix": recipe.path(str(options["imatrix"]))}
+    return {"solver": recipe.default_solver(), **options}
 
 
 def _solver_options() -> set[str]:

@@ -63,7 +63,7 @@ def _again(
     directory: Path, manifest: Mapping[str, Any], recipe: Recipe, settings: Settings, progress: Progress
 ) -> dict[str, Any]:
     settings = dataclasses.replace(settings, accept_unproven=tuple(manifest["accepted_unproven"]))
-    plan = make_plan(recipe, dataclasses.replace(settings, allow_order=True), progress=progress)
+    plan = make_plan(recipe, dataclasses.replace(settings, allow_order=True), progress=progress).hashed(progress)
     if plan.source.source.to_json()["files"] != manifest["source"]["files"]:
         raise GateFailed(
             f"{directory.name} was made of other files than those of {recipe.source}",
@@ -97,6 +97,8 @@ def recipe_of(manifest: Mapping[str, Any], source: str, calibration: str | None)
     passes = []
     for entry in recorded["passes"]:
         files = [word for word in entry["inputs"].values() if isinstance(word, dict)]
+        if entry["with"].get("imatrix"):
+            files.append({"name": "with an importance matrix"})
         if files:
             raise UsageError(f"pass {entry['id']} was given the file {files[0]['name']}, which verify cannot know")
         passes.append({key: entry[key] for key in ("use", "id", "inputs", "with")})
@@ -112,6 +114,9 @@ def recipe_of(manifest: Mapping[str, Any], source: str, calibration: str | None)
 
 
 def _target(entry: Mapping[str, Any]) -> dict[str, Any]:
+    files = [word["name"] for word in entry.get("with", {}).values() if isinstance(word, dict) and "sha256" in word]
+    if files:
+        raise UsageError(f"target {entry['to']} was given the file {files[0]}, which verify cannot know")
     options = {**entry.get("with", {}), **({"solver": entry["solver"]} if "solver" in entry else {})}
     return {key: value for key, value in entry.items() if key in ("to", "scheme")} | {"with": options}
 
