@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -12,14 +14,17 @@ from pathlib import Path
 import numpy as np
 
 from tightship.checkpoint import Checkpoint
+from tightship.errors import EnvironmentFailure
 from tightship.exporters.onnx_candidates.skeleton import Judge
 from tightship.modelview import ModelView
 from tightship.target import Progress, no_progress
 from tightship.texts import read_documents
 from tightship.validators.gates import Gates
+from tightship.validators.llama_gelu import llama_gelus
 from tightship.validators.parity import judge as parity_judge
 from tightship.validators.runtimes.child import Limits
 from tightship.validators.text import LENGTH, WINDOWS, TextWindows, proof_windows
+from tightship.weights import Alias
 
 Outputs = Mapping[str, np.ndarray]
 
@@ -62,6 +67,23 @@ class ProofSettings:
         return Limits(seconds=self.seconds, memory=self.memory, threads=self.threads, scratch=self.scratch)
 
 
+def check_memory(checkpoint: Checkpoint, settings: ProofSettings) -> None:
+    """Refuse a proof whose reference module cannot fit.
+
+    Raises:
+        EnvironmentFailure: the model in float32 alone takes more than the memory that was given.
+    """
+    shapes = (checkpoint.resolve(n).shape for n, w in checkpoint.weights.items() if not isinstance(w, Alias))
+    needed = 4 * sum(math.prod(shape) for shape in shapes)
+    given = settings.limits.memory_bytes
+    if needed > given:
+        raise EnvironmentFailure(
+            f"the proof runs {checkpoint.name} in float32, which takes {needed / 2**30:.1f} GiB; "
+            f"{given / 2**30:.1f} GiB are given",
+            hint="raise --max-memory, or build on a larger machine",
+        )
+
+
 class References:
     """Windows and outputs of one original, made when first asked for and kept: one for all targets of a build.
 
@@ -69,6 +91,7 @@ class References:
     """
 
     def __init__(self, original: Checkpoint, settings: ProofSettings) -> None:
+        check_memory(original, settings)
         self.original = original
         self.settings = settings
         self.digests: dict[str, dict[str, str]] = {}
@@ -103,13 +126,14 @@ class References:
             self._view = ModelView(self.original, threads=self.settings.threads)
         return self._view.outputs(ids, mask)["logits"]
 
-    def outputs_of(self, checkpoint: Checkpoint) -> Outputs:
-        """Outputs of a compressed checkpoint; the original's own where it is the original."""
-        if checkpoint is self.original:
+    def outputs_of(self, checkpoint: Checkpoint, *, with_llama_gelu: bool = False) -> Outputs:
+        """Outputs of a compressed checkpoint; with llama.cpp's table in place of every GELU if asked for."""
+        if checkpoint is self.original and not with_llama_gelu:
             return self.outputs
         self.settings.progress("outputs of the compressed checkpoint", 0, 1)
         view = ModelView(checkpoint, threads=self.settings.threads)
-        return view.outputs(self.windows.ids, self.windows.mask)
+        with llama_gelus(view.module()) if with_llama_gelu else contextlib.nullcontext():
+            return view.outputs(self.windows.ids, self.windows.mask)
 
     @functools.cached_property
     def strings(self) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tightship.validators.fidelity import Run, compare, execute, failed_run, judged
+from tightship.validators.fidelity import Run, compare, execute, failed_run, figure_with_its_gelu, judged
 from tightship.validators.runtimes import child
 from tightship.validators.runtimes.child import Limits, RuntimeDied, RuntimeMissing
 from tightship.validators.text import TextWindows
@@ -101,3 +101,13 @@ def test_a_run_through_the_cache_takes_one_window(tmp_path: Path, monkeypatch: p
     outputs, about = execute(run, tmp_path, "model.onnx", WINDOWS, Limits(threads=2))
     assert outputs["input_ids"].tolist() == WINDOWS.ids[:1].tolist()
     assert (about["job"]["want"], about["job"]["mode"], about["job"]["threads"]) == ("decode", "graph", 2)
+
+
+def test_gelu_figure_is_the_median_over_positions() -> None:
+    """Five positions exact, one far off: the median is 0, and nothing is judged."""
+    other = LOGITS.copy()
+    other[0, 0] *= 3
+    check = figure_with_its_gelu({"logits": LOGITS}, {"logits": other}, WINDOWS, "gguf")
+    assert (check.value, check.op, check.metric) == (0, "report", "rel_l2_median_with_its_gelu")
+    check = figure_with_its_gelu({"logits": LOGITS}, {"logits": LOGITS * 3}, WINDOWS, "gguf")
+    assert check.value == pytest.approx(2, rel=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from tightship.checkpoint import Checkpoint
+from tightship.errors import EnvironmentFailure
 from tightship.exporters.to_onnx import OnnxExporter
 from tightship.report import Report, TargetReport
 from tightship.target import Target, no_progress
@@ -204,3 +206,23 @@ def test_no_tokenizer_is_proven_on_its_own_text(original: Checkpoint, tmp_path: 
     assert failed(report) == {}
     note = next(c.extra["note"] for c in report.checks if c.kind == "tokenizer")
     assert "no tokenizer" in note
+
+
+def test_a_model_that_cannot_fit_is_refused_before_any_work(original: Checkpoint) -> None:
+    with pytest.raises(EnvironmentFailure, match="in float32"):
+        References(original, ProofSettings(memory=100_000))
+
+
+def test_task_metric_of_the_recipe(exports: Callable[..., Any], prove: Callable[..., Any], tmp_path: Path) -> None:
+    data = tmp_path / "task.jsonl"
+    lines = [
+        {"prompt": "the ", "choices": ["cat", "dog"], "label": 0},
+        {"prompt": "a ", "choices": ["b", "c"], "label": 0},
+    ]
+    data.write_text("\n".join(json.dumps(line) for line in lines))
+    gates = parse_gates({"task": {"metric": "accuracy", "data": str(data), "min": 0.0}})
+    report = prove(exports("onnx", "int8"), ProofSettings(windows=1, length=16, seconds=120, gates=gates))
+    check = next(c for c in report.checks if c.metric == "accuracy")
+    assert (check.verdict, check.runtime, check.extra["examples"]) == ("pass", "onnxruntime", 2)
+    assert 0 <= check.value <= 1
+    assert failed(report) == {}
