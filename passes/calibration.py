@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from tightship.blocks import BlockStep, walk_blocks
+from tightship.blocks import BlockStep, BlockWalk
 from tightship.checkpoint import Checkpoint
 from tightship.durable import flush_tree
 from tightship.modelview import ModelView
@@ -114,11 +114,11 @@ def solve_blocks(checkpoint: Checkpoint, run: Run, wanted: Collection[str], solv
     Raises:
         Unsupported, Malformed: see `tightship.blocks` and `tightship.texts`; and what `solve` raises.
     """
-    windows = calibration_windows(checkpoint, run)
     view = ModelView(checkpoint, threads=run.threads, device=run.device)
-    blocks = int(checkpoint.hyper["layers"])
+    walk = BlockWalk(view, calibration_windows(checkpoint, run))
+    blocks = len(walk.blocks)
     changed: _Weights = {}
-    for step in walk_blocks(view, windows):
+    for step in walk.steps(outside=wanted):
         run.progress("calibrated blocks", step.index, blocks)
         names = [name for name in step.linears if name in wanted]
         kept = _Kept(run.scratch, step.index)

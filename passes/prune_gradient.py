@@ -23,7 +23,7 @@ from tightship.weights import Dense, Stored
 class Gradient(PruneMethod):
     """Base of the methods that score with gradients."""
 
-    needs: ClassVar[Needs] = "gradients"
+    needs: ClassVar[Needs] = "calibration"
     options: ClassVar[frozenset[str]] = frozenset({"scope"})
 
     @staticmethod

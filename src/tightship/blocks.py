@@ -6,8 +6,8 @@ loading). Every multiplication with a weight of the block can be observed, exper
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from tightship.addresses import skeleton
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Malformed, Unsupported
+from tightship.interception import Enough, Observer, Recorder, multiplications, replaced, to_device
 from tightship.modelview import ModelView, disk_value
 from tightship.weights import Alias, Weight
 
@@ -24,14 +25,12 @@ if TYPE_CHECKING:
 
 TOKENS_AT_ONCE = 4096
 
-Observer = Callable[[tuple[str, ...], Any], None]
-"""observer(names, x): the float32 tensor `x` (..., in) is multiplied with each of the named matrices."""
-
 
 @dataclass
 class _Batch:
     """Windows of one length on their way through the model: (windows, length, hidden) and each block's arguments."""
 
+    ids: np.ndarray
     hidden: Any
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -83,7 +82,7 @@ class BlockStep:
             seen.update(names)
             observer(names, x)
 
-        with self._walk.view.computing(), _multiplications(self._factors(), note):
+        with self._walk.view.computing(), multiplications(self._factors(), note):
             for batch in self._walk.batches:
                 self._walk.run(self.index, batch)
         # An expert that no token reached is no fault; a whole role that nobody multiplied is.
@@ -109,10 +108,43 @@ class BlockStep:
         return pointers
 
 
+class Tail(BlockStep):
+    """What follows the last block. `linears` are matrices of `wanted` outside the blocks that are multiplied: heads.
+
+    A head that is tied to the embedding is left out: what is best for the product is not best for looking up rows.
+    """
+
+    def __init__(self, walk: BlockWalk, wanted: Collection[str]) -> None:
+        self._walk = walk
+        self.index = len(walk.blocks)
+        inside = tuple(walk.prefixes)
+        kinds = {name: walk.infos[name].rule.kind for name in wanted if name in walk.infos}
+        self.linears = tuple(n for n, kind in kinds.items() if kind in ("head", "linear") and not n.startswith(inside))
+
+    def observe(self, observer: Observer) -> None:
+        """Run what follows the blocks, up to the last of `linears`, and show the multiplications with them."""
+        missing = set(self.linears)
+
+        def note(names: tuple[str, ...], x: Any) -> None:
+            observer(names, x)
+            missing.difference_update(names)
+            if not missing:
+                raise Enough
+
+        with self._walk.view.computing(), multiplications(self._factors(), note):
+            for batch in self._walk.batches:
+                missing.update(self.linears)
+                left = (batch.hidden,) if self._walk.wraps else batch.hidden
+                with replaced(self._walk.blocks, lambda _, left=left: lambda *_args, **_kwargs: left):
+                    self._walk.forward(batch.ids)
+
+
 class BlockWalk:
     """A walk through the blocks of `checkpoint` with `windows`; see `walk_blocks`."""
 
     def __init__(self, view: ModelView, windows: Sequence[np.ndarray]) -> None:
+        if not len(windows) or any(len(window) == 0 for window in windows):
+            raise Malformed("calibration needs at least one window of tokens, and none of them empty")
         self.view = view
         self.checkpoint = view.checkpoint
         self.infos = self.checkpoint.infos()
@@ -126,7 +158,8 @@ class BlockWalk:
         with view.computing():
             self.batches = self._enter(windows)
 
-    def steps(self) -> Iterator[BlockStep]:
+    def steps(self, outside: Collection[str] = ()) -> Iterator[BlockStep]:
+        """Every block in order, then, if there are any in `outside`, the matrices that follow the last."""
         for index, block in enumerate(self.blocks):
             self.fill(self.prefixes[index])
             block.to(self.view.device)
@@ -135,12 +168,23 @@ class BlockWalk:
                 for batch in self.batches:
                     batch.hidden = self.run(index, batch).cpu()
             self.empty(self.prefixes[index])
+        tail = Tail(self, outside)
+        if tail.linears:
+            yield tail
 
     def run(self, index: int, batch: _Batch) -> Any:
         """The block's output for a batch: (windows, length, hidden), on the view's device."""
-        args, kwargs = _to_device(batch.arguments[index], self.view.device)
+        args, kwargs = to_device(batch.arguments[index], self.view.device)
         output = self.blocks[index](batch.hidden.to(self.view.device), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def forward(self, ids: np.ndarray) -> None:
+        """Run the whole module until somebody has seen enough."""
+        import torch
+
+        cache = {"use_cache": False} if self.module.can_generate() else {}
+        with suppress(Enough):
+            self.module(torch.from_numpy(ids), **cache)
 
     def fill(self, prefix: str | None) -> None:
         """Give the tensors below `prefix` their values; None means all outside the blocks."""
@@ -167,17 +211,16 @@ class BlockWalk:
 
     def _enter(self, windows: Sequence[np.ndarray]) -> list[_Batch]:
         """Embed the windows and note which arguments the model hands to each block."""
-        import torch
 
         self.fill(None)
         self.fill(self.prefixes[0])
-        pool = _Pool()
+        recorder = Recorder(self.blocks)
         batches = []
         for ids in batch_windows(windows):
-            with _recording(self.blocks, pool) as seen:
-                cache = {"use_cache": False} if self.module.can_generate() else {}
-                self.module(torch.from_numpy(ids), **cache)
-            batches.append(_Batch(seen[0].hidden, [call.arguments for call in seen]))
+            with recorder.standing_in() as seen:
+                self.forward(ids)
+            batches.append(_Batch(ids, seen[0].hidden, [call.arguments for call in seen]))
+        self.wraps = recorder.wraps
         self.empty(self.prefixes[0])
         return batches
 
@@ -191,8 +234,6 @@ def walk_blocks(view: ModelView, windows: Sequence[np.ndarray]) -> Iterator[Bloc
         Malformed: a window is empty or no window was given.
         Unsupported: the family's blocks cannot be run one at a time.
     """
-    if not windows or any(len(window) == 0 for window in windows):
-        raise Malformed("calibration needs at least one window of tokens, and none of them empty")
     yield from BlockWalk(view, windows).steps()
 
 
@@ -206,97 +247,6 @@ def batch_windows(windows: Sequence[np.ndarray]) -> list[np.ndarray]:
         size = max(1, TOKENS_AT_ONCE // length)
         batches += [np.stack(group[i : i + size]) for i in range(0, len(group), size)]
     return batches
-
-
-@dataclass(frozen=True)
-class _Call:
-    """How the model called a block: what flows through it, and the rest."""
-
-    hidden: Any
-    arguments: tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class _Pool:
-    """Keeps one of several equal tensors: masks and rotations are the same for most batches and blocks."""
-
-    def __init__(self) -> None:
-        self._tensors: list[Any] = []
-
-    def share(self, value: Any) -> Any:
-        import torch
-
-        if isinstance(value, torch.Tensor):
-            for known in self._tensors:
-                if known is value or (known.shape == value.shape and torch.equal(known, value)):
-                    return known
-            self._tensors.append(value)
-            return value
-        return _each(value, self.share)
-
-
-def _each(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Apply `change` inside tuples, lists and dicts; leave everything else alone."""
-    if isinstance(value, (tuple, list)):
-        return type(value)(change(item) for item in value)
-    if isinstance(value, dict):
-        return {key: change(item) for key, item in value.items()}
-    return value
-
-
-def _to_device(value: Any, device: str) -> Any:
-    import torch
-
-    return value.to(device) if isinstance(value, torch.Tensor) else _each(value, lambda item: _to_device(item, device))
-
-
-@contextmanager
-def _recording(blocks: Sequence[Any], pool: _Pool) -> Iterator[list[_Call]]:
-    """Let blocks hand their input on unchanged and note how each was called."""
-    seen: list[_Call] = []
-    wrapped: list[bool] = []  # whether this family's blocks return a tuple; the first block is run once to see
-
-    def stand_in(block: Any) -> Callable[..., Any]:
-        original = block.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if not wrapped:
-                wrapped.append(isinstance(original(*args, **kwargs), tuple))
-            rest = dict(kwargs)
-            hidden = args[0] if args else rest.pop("hidden_states")
-            seen.append(_Call(hidden, (pool.share(args[1:]), pool.share(rest))))
-            return (hidden,) if wrapped[0] else hidden
-
-        return forward
-
-    try:
-        for block in blocks:
-            block.forward = stand_in(block)
-        yield seen
-    finally:
-        for block in blocks:
-            vars(block).pop("forward", None)
-
-
-@contextmanager
-def _multiplications(factors: Mapping[int, tuple[str, ...]], observer: Observer) -> Iterator[None]:
-    """Show `observer` every product whose second factor starts at one of these memory addresses."""
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    plain = (torch.nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
-    factors_at = {**dict.fromkeys(plain, (0, 1)), torch.addmm: (1, 2)}
-
-    class Watch(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            at = factors_at.get(func)
-            if at is not None and len(args) > at[1]:
-                names = factors.get(args[at[1]].data_ptr())
-                if names is not None:
-                    observer(names, args[at[0]])
-            return func(*args, **(kwargs or {}))
-
-    with Watch():
-        yield
 
 
 def _block_modules(module: Any, checkpoint: Checkpoint, prefixes: Sequence[str]) -> list[Any]:

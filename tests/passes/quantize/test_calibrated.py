@@ -163,6 +163,21 @@ def test_what_lies_outside_the_blocks_is_rounded_and_reported(ember: Checkpoint)
         np.testing.assert_array_equal(array, expected[key])
 
 
+def test_an_untied_head_is_solved_with_what_reaches_it(tiny: Callable[[str], Checkpoint]) -> None:
+    checkpoint = tiny("llama")
+    windows = list(np.random.default_rng(0).integers(0, 96, (24, 32)))
+    figures: Figures = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tightship.passes.calibration.calibration_windows", lambda *_: windows)
+        result = Quantize(solver="gptq", layout="int3", include=("head",)).apply(checkpoint, run_with(figures))
+    name = "lm_head.weight"
+    x = inputs(result.with_weights({name: checkpoint.weights[name]}), np.stack(windows))[name]
+    w, q = (c.weights[name].value().astype(np.float64) for c in (checkpoint, result))
+    assert figures[name]["tokens"] == len(x)
+    assert figures[name]["loss"] == pytest.approx(((x @ (q - w).T) ** 2).sum() / ((x @ w.T) ** 2).sum(), rel=1e-4)
+    assert figures[name]["loss"] < figures[name]["loss_importance"] < 1
+
+
 def test_pruned_weights_stay_pruned(ember: Checkpoint) -> None:
     zeros = {}
     for info in ember.linears():
