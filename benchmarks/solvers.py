@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,13 +60,19 @@ class Bench:
     checkpoint: Checkpoint
     run: Run
     tests: dict[str, np.ndarray]
+    surveys: dict[Any, str] = field(default_factory=dict)
 
     def row(self, step: Pass, label: dict[str, Any]) -> dict[str, Any]:
         """Apply a pass and compare."""
         figures: dict[str, Any] = {}
-        run = Run(**{**vars(self.run), "report": figures.__setitem__})
         step.requires(self.checkpoint)
-        result = step.apply(self.checkpoint, run)
+        with tempfile.TemporaryDirectory() as folder:
+            run = Run(**{**vars(self.run), "report": figures.__setitem__, "scratch": folder})
+            with self._shared_survey(step, Path(folder) / "survey.json"):
+                result = step.apply(self.checkpoint, run)
+            return self._row(step, result, figures, label)
+
+    def _row(self, step: Pass, result: Checkpoint, figures: dict[str, Any], label: dict[str, Any]) -> dict[str, Any]:
         return {**label, **self._bits(step), **self._sparsity(result), **self._local(figures), **self.compare(result)}
 
     def compare(self, result: Checkpoint) -> dict[str, Any]:
@@ -81,6 +89,18 @@ class Bench:
             wanted = ("kl_mean", "kl_error", "top1", "perplexity_candidate", "perplexity_ratio")
             found[name] = {key: round(float(all_figures[key]), 6) for key in wanted}
         return {"texts": found}
+
+    @contextmanager
+    def _shared_survey(self, step: Pass, file: Path) -> Iterator[None]:
+        """Schedules that want the same facts do not measure them twice."""
+        key = None
+        if isinstance(step, Prune):
+            key = (step.method, step.sparsity, step.score or ("kl" if step.schedule != "owl" else None))
+        if key in self.surveys:
+            file.write_text(self.surveys[key])
+        yield
+        if file.exists():
+            self.surveys[key] = file.read_text()
 
     def _bits(self, step: Pass) -> dict[str, float]:
         if not isinstance(step, Quantize):

@@ -94,7 +94,8 @@ def survey(method: CalibratedPrune, spec: Prune, checkpoint: Checkpoint, run: Ru
     """What schedules want to know of each matrix, on the unpruned model."""
     windows = calibration_windows(checkpoint, run)
     tensors = spec.tensors(checkpoint)
-    alone = _Alone(checkpoint, windows, run) if spec.score in (None, "kl") else None
+    wants_kl = spec.score in (None, "kl") and spec.schedule != "owl"
+    alone = _Alone(checkpoint, windows, run) if wants_kl else None
     layers: dict[str, Layer] = {}
     for step in walk_blocks(ModelView(checkpoint, threads=run.threads, device=run.device), windows):
         run.progress("survey of blocks", step.index, int(checkpoint.hyper["layers"]))
