@@ -2,22 +2,22 @@
 
 GGUF (the current format), beside the container's own table in `gguf_file.py`:
 
-| where                   | type and shape            | what                                                            |
-|-------------------------|---------------------------|-----------------------------------------------------------------|
-| `general.type`          | str                       | "imatrix"                                                       |
-| `imatrix.datasets`      | [str]                     | names of the texts                                              |
-| `imatrix.chunk_count`   | u32                       | windows of text                                                 |
-| `imatrix.chunk_size`    | u32                       | tokens of a window                                              |
-| tensor `NAME.in_sum2`   | F32 (matrices, columns)   | sum over tokens of x^2, per input channel; one row an expert    |
-| tensor `NAME.counts`    | F32 (matrices, 1)         | tokens that were summed; 0 for an expert that no token reached  |
+| where                 | type and shape          | what                                                           |
+|-----------------------|-------------------------|----------------------------------------------------------------|
+| `general.type`        | str                     | "imatrix"                                                      |
+| `imatrix.datasets`    | [str]                   | names of the texts                                             |
+| `imatrix.chunk_count` | u32                     | windows of text                                                |
+| `imatrix.chunk_size`  | u32                     | tokens of a window                                             |
+| tensor `NAME.in_sum2` | F32 (matrices, columns) | sum over tokens of x^2, per input channel; one row an expert   |
+| tensor `NAME.counts`  | F32 (matrices, 1)       | tokens that were summed; 0 for an expert that no token reached |
 
 Legacy (.dat), little endian:
 
-| bytes                                                        | what                                                       |
-|--------------------------------------------------------------|------------------------------------------------------------|
-| i32                                                          | number of entries                                          |
-| i32 length, name, i32 calls, i32 values, f32[values]         | an entry: mean of x^2 times calls; 1 times calls if unseen |
-| i32, i32 length, text                                        | chunks; name of the text (may be missing)                  |
+| bytes                                                | what                                               |
+|------------------------------------------------------|----------------------------------------------------|
+| i32                                                  | number of entries                                  |
+| i32 length, name, i32 calls, i32 values, f32[values] | an entry: mean of x^2, or 1 if unseen, times calls |
+| i32, i32 length, text                                | chunks; name of the text (may be missing)          |
 
 `NAME` is the tensor's name in GGUF, `blk.0.attn_q.weight`. Definition: tools/imatrix/imatrix.cpp of llama.cpp.
 """

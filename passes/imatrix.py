@@ -88,7 +88,7 @@ def importance_of(checkpoint: Checkpoint, names: Iterable[str], path: str | Path
         found[name] = table.reshape(-1, cols)[int(info.expert or 0)]
     if known and not found:
         raise UsageError(
-            f"{Path(path).name} knows none of the {len(known)} tensors to quantize; it has {min(entries, default='none')}",
+            f"{Path(path).name} knows none of the {len(known)} tensors to quantize",
             hint="this importance matrix belongs to another model",
         )
     return found

@@ -91,8 +91,8 @@ def test_damaged_files_are_refused_wherever_they_end(tmp_path: Path) -> None:
     in_gguf = imatrix_bytes(imatrix())
     ends = {LEGACY: {*range(len(LEGACY))} - {len(LEGACY) - 12}}  # the older format may end after its entries
     ends[in_gguf] = {*range(0, len(in_gguf) - 32, 7)}  # GGUF may leave out the padding at the end
-    for whole in ends:
-        for end in ends[whole]:
+    for whole, places in ends.items():
+        for end in places:
             path.write_bytes(whole[:end])
             with pytest.raises(Malformed):
                 read_imatrix(path)

@@ -26,7 +26,8 @@ TEXTS = ("The ship sails at dawn. " * 30, "Numbers: 1, 2, 3, and so on. " * 30)
 RUN = Run(texts=TEXTS, tokens=256, sequence=64)
 GGUF_NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 
 
@@ -126,7 +127,8 @@ def built(scheme: str, imatrix: Path, folder: Path) -> Path:
     checkpoint, exporter, recipe = open_checkpoint(EMBER), GgufExporter(), Recipe()
     target = Target("gguf", scheme, {"imatrix": str(imatrix)})
     stage = scheme_stage(checkpoint, target, exporter, recipe)
-    assert stage is not None and stage.streamed
+    assert stage is not None
+    assert stage.streamed
     stage.work.requires(checkpoint)
     solved = stage.work.apply(checkpoint, Run())
     theirs = for_container(target, recipe)
@@ -170,7 +172,7 @@ def test_tensors_that_the_file_lacks_are_reported(tmp_path: Path) -> None:
     said: dict[str, Any] = {}
     work = pass_for("quantize", {"solver": "importance", "layout": "int4", "imatrix": str(path)})
     checkpoint = open_checkpoint(EMBER)
-    work.apply(checkpoint, Run(report=lambda name, figures: said.__setitem__(name, figures)))
+    work.apply(checkpoint, Run(report=said.__setitem__))
     assert set(said) == {i.name for i in checkpoint.linears()} - {"model.layers.0.self_attn.q_proj.weight"}
 
 
