@@ -109,7 +109,7 @@ def verify(
     settings = Settings.resolve(text=text, threads=threads or integer("THREADS"), work=work)
     source = None if against is None else str(against)
     words = None if calibration is None else str(calibration)
-    return verification.verify(Path(directory), source, settings, calibration=words, progress=progress)
+    return verification.verify(Path(directory).absolute(), source, settings, calibration=words, progress=progress)
 
 
 def _recipe(recipe: str | Path | Recipe | None, flags: dict[str, Any]) -> Recipe:

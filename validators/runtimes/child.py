@@ -103,7 +103,7 @@ def run_child(
     if name not in RUNTIMES:
         raise UsageError(f"runtime {name!r} is unknown; known: {', '.join(RUNTIMES)}")
     with tempfile.TemporaryDirectory(prefix=f"tightship-{name}-", dir=limits.scratch) as folder:
-        directory = Path(folder)
+        directory = Path(folder).absolute()  # the child runs elsewhere
         _write_job(directory, RUNTIMES[name], job, arrays, limits)
         status = _supervise(directory, limits)
         log = (directory / "log").read_bytes()[-_LOG_TAIL:].decode("utf-8", "replace").strip()
