@@ -229,6 +229,8 @@ def test_integer_form_says_zero_point_and_minimum_alike() -> None:
     by_zero = integers.digest([Piece(q - 2, s)])
     assert integers.digest([Piece(q, s, np.array([[-1.0]]))]) == by_zero
     assert integers.digest([Piece(q, s, np.array([[-1.1]]))]) != by_zero
+    free = [integers.digest([Piece(q, s, np.array([[m]]))]) for m in (-1.1, -1.2)]
+    assert free[0] != free[1]
     assert integers.digest([Piece(q - 1, s)]) != by_zero
     assert integers.digest([Piece(q - 2, -s)]) != by_zero
 
