@@ -93,7 +93,7 @@ def model_fields(checkpoint: Checkpoint, context: int | None = None) -> dict[str
     """
     config, hyper = checkpoint.config, checkpoint.hyper
     gguf = gguf_section(checkpoint)
-    length = _context(hyper, context)
+    length = _context(checkpoint, context)
     _check_features(checkpoint, gguf, length)
     fields = {
         "vocab_size": Field("u32", hyper["vocab"]),
@@ -139,13 +139,19 @@ def head_dim(hyper: Mapping[str, Any]) -> int:
     return int(hyper.get("head_dim") or hyper["hidden"] // hyper["heads"])
 
 
-def _context(hyper: Mapping[str, Any], context: int | None) -> int:
-    longest = int(hyper["context"])
+def _context(checkpoint: Checkpoint, context: int | None) -> int:
+    longest = int(checkpoint.hyper["context"])
     if context is None:
         return longest
-    if not 0 < int(context) <= longest:
-        raise UsageError(f"context must be 1 to {longest} for this model, found {context}")
-    return int(context)
+    if not isinstance(context, int) or not 0 < context <= longest:
+        raise UsageError(f"context must be 1 to {longest} for this model, found {context!r}")
+    learned = [rule.disk for rule in checkpoint.architecture.tensors if rule.role == "position_embd"]
+    if learned and context != longest:
+        raise UsageError(
+            f"this model's {longest} positions are learned, and llama.cpp takes their number for the context",
+            hint="leave the context out",
+        )
+    return context
 
 
 def _check_features(checkpoint: Checkpoint, gguf: Mapping[str, Any], length: int) -> None:

@@ -37,7 +37,7 @@ LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
+    "original_max_position_embeddings": 64,  # one wavelength (32.4) lies between 64 / 4 and 64, where it is smooth
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 # name -> class, config. Every parameter of these models is random, biases and norms included.
@@ -246,6 +246,18 @@ def test_a_window_is_refused_until_the_context_fits_it(
     assert read_gguf(file).metadata["llama.context_length"] == 24
     ids = token_ids(1, 24)
     assert relative(in_llama_cpp(file, ids)["logits"], ModelView(checkpoint).outputs(ids)["logits"]) <= 1e-5
+
+
+@pytest.mark.parametrize(("context", "message"), [(0, "1 to 512"), (513, "1 to 512"), ("8k", "'8k'")])
+def test_contexts_that_cannot_be(context: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        GgufExporter().plan(open_checkpoint(EMBER), Target("gguf", None, {"context": context}))
+
+
+def test_learned_positions_fix_the_context(save_model: Callable, byte_level: Path) -> None:
+    checkpoint = open_checkpoint(save_model(*MODELS["gpt2"], byte_level))
+    with pytest.raises(UsageError, match="are learned"):
+        GgufExporter().plan(checkpoint, Target("gguf", None, {"context": 64}))
 
 
 def test_opt_has_no_graph(save_model: Callable, byte_level: Path) -> None:
