@@ -81,7 +81,7 @@ class Settings:
         if words and not Path(words).is_file():
             raise UsageError(f"there is no text file {words}")
         return cls(
-            work=Path(work).absolute() if work else default_work(),
+            work=(Path(work) if work else default_work()).absolute(),
             threads=threads or available_threads(),
             device=device,
             max_memory=parse_size(limit) if limit is not None else None,

@@ -109,7 +109,7 @@ def for_container(target: Target, recipe: Recipe) -> Target:
 
 def _with_solver(options: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """The options of a quantization with its solver said, and the path of an importance matrix as one to open."""
-    if "imatrix" in options:
+    if options.get("imatrix") is not None:
         options = {"solver": "importance", **options, "imatrix": recipe.path(str(options["imatrix"]))}
     return {"solver": recipe.default_solver(), **options}
 
