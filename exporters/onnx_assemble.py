@@ -70,5 +70,5 @@ def _own(value: ir.Value) -> Initializer:
     tensor = value.const_value
     if tensor is None:
         raise Malformed("a graph source left an initializer without data and without a feed", tensor=value.name)
-    data = np.ascontiguousarray(tensor.numpy())
+    data = np.asarray(tensor.numpy())  # a scalar stays a scalar
     return Initializer(str(value.name), tensor.dtype.value, tuple(data.shape), data.nbytes, lambda: data)

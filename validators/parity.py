@@ -151,7 +151,11 @@ def measure(path: Path, expected: Sequence[Reference]) -> list[tuple[str, float]
             for name, value in outputs.items():
                 if name not in got:
                     raise Unsupported(f"the graph gives no {name}")
-                found.append((f"{mode} {case.name} {name}", relative_l2(got[name][kept], value[kept])))
+                by_token = value.shape[:2] == kept.shape
+                if got[name].shape != value.shape:
+                    raise Unsupported(f"case {case.name}: {name} has shape {got[name].shape}, expected {value.shape}")
+                pair = (got[name][kept], value[kept]) if by_token else (got[name], value)
+                found.append((f"{mode} {case.name} {name}", relative_l2(*pair)))
     return found
 
 
@@ -169,7 +173,7 @@ def references(small: Checkpoint) -> list[Reference]:
         for case in cases_for(small, decoder=decoder):
             inputs = {k: torch.from_numpy(v) for k, v in case.arrays.items() if k in accepted}
             extra = {"use_cache": False} if decoder else {}
-            out = module(**inputs, output_hidden_states=len(wanted) > 1, return_dict=True, **extra)
+            out = module(**inputs, output_hidden_states="last_hidden_state" in wanted, return_dict=True, **extra)
             found.append((case, {name: _output(out, name) for name in wanted}))
     return found
 

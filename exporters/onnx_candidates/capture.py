@@ -187,7 +187,7 @@ def _encoder(module: Any, outputs: tuple[str, ...]) -> Any:
 
         def forward(self, input_ids: Any, attention_mask: Any, token_type_ids: Any = None) -> Any:
             types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-            both = len(outputs) > 1
+            both = "logits" in outputs and "last_hidden_state" in outputs
             out = self.model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=both, **types)
             return tuple(out[name] if name in out else out.hidden_states[-1] for name in outputs)
 

@@ -45,6 +45,8 @@ class Family:
         embed_scale: embeddings times the square root of the width (Gemma).
         position_offset: rows of the position table before position 0 (OPT).
         norm_eps: of all norms, where the config has no key for it.
+        parallel: attention and MLP read the same normed input (Falcon).
+        pooled: the activation behind the pooler of a classifier.
         must: config keys with the only values that are written down here.
     """
 
@@ -53,6 +55,8 @@ class Family:
     embed_scale: bool = False
     position_offset: int = 0
     norm_eps: float = 1e-5
+    parallel: bool = False
+    pooled: str = "Tanh"
     must: tuple[tuple[str, Any], ...] = ()
 
 
@@ -66,8 +70,12 @@ FAMILIES = {
     "gemma3": Family(plus_one=True, embed_scale=True),
     "gpt2": Family(must=(("scale_attn_by_inverse_layer_idx", False), ("scale_attn_weights", True))),
     "opt": Family(position_offset=2, must=(("do_layer_norm_before", True),)),
+    "falcon": Family(
+        parallel=True,
+        must=(("new_decoder_architecture", False), ("multi_query", True), ("parallel_attn", True), ("alibi", False)),
+    ),
     "bert": Family(encoder=True),
-    "distilbert": Family(encoder=True, norm_eps=1e-12),
+    "distilbert": Family(encoder=True, norm_eps=1e-12, pooled="Relu"),
 }
 _FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the prompt
 
@@ -82,15 +90,17 @@ class DirectCandidate:
         self, config: Mapping[str, Any], architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]
     ) -> Skeleton:
         family = FAMILIES.get(architecture.family)
-        if family is None or architecture.task not in (*DECODER_TASKS, "fill-mask", "feature-extraction"):
+        if family is None or family.encoder == (architecture.task in DECODER_TASKS):
             raise Unsupported(f"{architecture.family} for {architecture.task} is not written down here")
-        if family.encoder == (architecture.task in DECODER_TASKS):
-            raise Unsupported(f"{architecture.family} is not written down as a {architecture.task} model")
         for key, value in family.must:
             if config.get(key, value) != value:
                 raise Unsupported(f"{architecture.family} with {key} = {config[key]!r} is not written down here")
         net = Network(config, architecture, shapes, plus_one=family.plus_one, norm_eps=family.norm_eps)
-        (_encoder if family.encoder else _decoder)(net, config, family, outputs_of(architecture))
+        outputs = outputs_of(architecture)
+        if family.encoder:
+            _heads(net, _encoder(net, config), architecture.task, family)
+        else:
+            _decoder(net, config, family, outputs)
         return net.skeleton()
 
 
@@ -117,8 +127,12 @@ def _decoder(net: Network, config: Mapping[str, Any], family: Family, outputs: t
     masks = {kind: _causal_mask(net, ids, mask, window if "sliding" in kind else None) for kind in dict.fromkeys(types)}
     for block, kind in enumerate(types[:layers]):
         sight = Sight(masks[kind], turns.get(kind), cached=True)
-        attended = _attention(net, block, net.norm(x, block, "attn_norm"), sight, config)
+        normed = net.norm(x, block, "attn_norm")
+        attended = _attention(net, block, normed, sight, config)
         x = net.op("Add", x, _post(net, attended, block, "attn_post_norm"))
+        if family.parallel:
+            x = net.op("Add", x, _mlp(net, block, normed))
+            continue
         x = net.op("Add", x, _post(net, _mlp(net, block, net.norm(x, block, "ffn_norm")), block, "ffn_post_norm"))
     logits = net.linear(net.norm(x, None, "output_norm"), None, "output", tied="token_embd")
     net.output(
@@ -127,17 +141,16 @@ def _decoder(net: Network, config: Mapping[str, Any], family: Family, outputs: t
     net.present()
 
 
-def _encoder(net: Network, config: Mapping[str, Any], _: Family, outputs: tuple[str, ...]) -> None:
+def _encoder(net: Network, config: Mapping[str, Any]) -> ir.Value:
+    """The last hidden state."""
     ids = net.input("input_ids", (BATCH, SEQUENCE))
     mask = net.input("attention_mask", (BATCH, SEQUENCE))
-    # Counting by CumSum: ONNX Runtime turns Gather by a Range into a Slice that it then refuses.
-    ones = net.op("Expand", net.integer(1), net.op("Shape", ids))
-    positions = net.op("Sub", net.op("CumSum", ones, net.integer(1)), net.integer(1))
+    length = net.op("Shape", ids, start=1, end=2)
+    positions = _range(net, net.integer(0), net.op("Squeeze", length))
     x = net.op("Add", net.lookup("token_embd", ids), net.lookup("position_embd", positions))
     if net.has(None, "token_types"):
         x = net.op("Add", x, net.lookup("token_types", net.input("token_type_ids", (BATCH, SEQUENCE))))
     x = net.norm(x, None, "token_embd_norm")
-    length = net.op("Shape", ids, start=1, end=2)
     seen = net.op("Cast", net.op("Unsqueeze", mask, net.integers(1, 2)), to=9)
     row = net.op("Where", seen, net.number(0.0), net.number(LOWEST))
     square = net.op("Expand", row, net.op("Concat", net.integers(1, 1), length, net.integers(1), axis=0))
@@ -145,11 +158,27 @@ def _encoder(net: Network, config: Mapping[str, Any], _: Family, outputs: tuple[
         attended = _attention(net, block, x, Sight(square), config)
         x = net.norm(net.op("Add", x, attended), block, "attn_output_norm")
         x = net.norm(net.op("Add", x, _mlp(net, block, x)), block, "layer_output_norm")
-    if "logits" in outputs:
+    return x
+
+
+def _heads(net: Network, x: ir.Value, task: str, family: Family) -> None:
+    """What a task makes of the last hidden state."""
+    if task == "fill-mask":
         turned = net.activation(net.linear(x, None, "output_transform"))
         logits = net.linear(net.norm(turned, None, "output_norm"), None, "output", tied="token_embd")
         net.output("logits", logits, (BATCH, SEQUENCE, net.vocabulary))
-    net.output("last_hidden_state", x, (BATCH, SEQUENCE, int(net.hyper["hidden"])))
+    if task in ("fill-mask", "feature-extraction"):
+        net.output("last_hidden_state", x, (BATCH, SEQUENCE, int(net.hyper["hidden"])))
+    elif task == "text-classification":
+        first = net.op("Gather", x, net.integer(0), axis=1)
+        pooled = net.op(family.pooled, net.linear(first, None, "pooler"))
+        net.output("logits", net.linear(pooled, None, "cls"), (BATCH, net.rows(None, "cls")))
+    elif task == "token-classification":
+        net.output("logits", net.linear(x, None, "cls"), (BATCH, SEQUENCE, net.rows(None, "cls")))
+    elif task == "question-answering":
+        pair = net.ops("Split", net.linear(x, None, "cls"), outputs=2, axis=-1, num_outputs=2)
+        for name, logits in zip(("start_logits", "end_logits"), pair, strict=True):
+            net.output(name, net.op("Squeeze", logits, net.integers(-1)), (BATCH, SEQUENCE))
 
 
 @dataclass(frozen=True)

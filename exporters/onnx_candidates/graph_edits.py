@@ -21,6 +21,8 @@ _AXES = {
     "token_type_ids": (BATCH, SEQUENCE),
     "logits": (BATCH, SEQUENCE, None),
     "last_hidden_state": (BATCH, SEQUENCE, None),
+    "start_logits": (BATCH, SEQUENCE),
+    "end_logits": (BATCH, SEQUENCE),
 }
 _CACHE = re.compile(r"(past_key_values|present)\.\d+\.(key|value)")
 
@@ -76,7 +78,9 @@ def name_contract(model: ir.Model) -> None:
     known = _AXES if decoder else {**_AXES, "attention_mask": (BATCH, SEQUENCE)}
     for value in (*model.graph.inputs, *model.graph.outputs):
         name = value.name or ""
-        if name in known and value.shape is not None:
+        if name == "logits" and value.shape is not None and len(value.shape) == 2:
+            axes = [BATCH, value.shape[1]]
+        elif name in known and value.shape is not None:
             axes = [new or old for new, old in zip(known[name], value.shape, strict=True)]
         elif (match := _CACHE.fullmatch(name)) and value.shape is not None:
             length = PAST if match[1] == "past_key_values" else TOTAL

@@ -8,10 +8,13 @@
 | token_type_ids (encoders)        | int64 | (batch_size, sequence_length)                          |
 | past_key_values.{i}.key, .value  | float | (batch_size, kv_heads, past_sequence_length, head_dim) |
 
-Outputs: `logits` float (batch_size, sequence_length, vocabulary) and `present.{i}.key`, `.value` in the order of the
-past; `last_hidden_state` float (batch_size, sequence_length, hidden), with `logits` for masked language models; `logits`
-float (batch_size, labels) or (batch_size, sequence_length, labels) for classifiers; `start_logits` and `end_logits` float
-(batch_size, sequence_length) for question answering.
+| graph output                     | tasks                          | shape                                           |
+|----------------------------------|--------------------------------|-------------------------------------------------|
+| logits                           | text-generation, fill-mask     | (batch_size, sequence_length, vocabulary)       |
+| present.{i}.key, .value          | text-generation                | (batch_size, kv_heads, total, head_dim)         |
+| last_hidden_state                | feature-extraction, fill-mask  | (batch_size, sequence_length, hidden)           |
+| logits                           | text-, token-classification    | (batch_size[, sequence_length], labels)         |
+| start_logits, end_logits         | question-answering             | (batch_size, sequence_length)                   |
 """
 
 from __future__ import annotations

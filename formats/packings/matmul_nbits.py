@@ -27,10 +27,28 @@ from tightship.layout import AffineGrid, Arrays, Layout
 from tightship.target import Refused
 
 BLOCKS = (256, 128, 64, 32, 16)
-# Columns over which scale and minimum are constant, for layouts that are not affine groups.
-_MINIMUM_BLOCKS = {"q4_1": 32, "q5_1": 32, "q2_k": 16, "q3_k": 16, "q4_k": 32, "q5_k": 32, "q6_k": 16}
-_CODE_BITS = {"q4_1": 4, "q5_1": 5, "q2_k": 2, "q3_k": 3, "q4_k": 4, "q5_k": 5, "q6_k": 6}
-_SIGNED = ("q3_k", "q6_k")  # codes around zero, no minimum
+
+
+@dataclass(frozen=True)
+class _Twin:
+    """A layout that is not affine groups by name, but is by its numbers: `block` columns share scale and minimum."""
+
+    bits: int
+    block: int
+    minimum: bool
+
+
+_TWINS = {
+    "q2_k": _Twin(2, 16, minimum=True),
+    "q3_k": _Twin(3, 16, minimum=False),
+    "q4_1": _Twin(4, 32, minimum=True),
+    "q4_k": _Twin(4, 32, minimum=True),
+    "q5_1": _Twin(5, 32, minimum=True),
+    "q5_k": _Twin(5, 32, minimum=True),
+    "q6_k": _Twin(6, 16, minimum=False),
+    "tq1_0": _Twin(2, 256, minimum=False),
+    "tq2_0": _Twin(2, 256, minimum=False),
+}
 
 
 @dataclass(frozen=True)
@@ -79,11 +97,10 @@ def nbits_for(layout: Layout, cols: int) -> NBits | Refused:
         if block is None:
             return Refused(f"groups of {layout.group_size} do not divide into blocks of 16", ("int4-g16", "int4-g32"))
         return NBits(_container(layout.bits), block, cols, zero_points=not layout.symmetric)
-    if layout.kind in _MINIMUM_BLOCKS:
-        free = layout.kind not in _SIGNED
-        bits = _container(_CODE_BITS[layout.kind])
-        return NBits(bits, _MINIMUM_BLOCKS[layout.kind], cols, zero_points=free, offsets=free)
-    return Refused(f"layout {layout.name} is not affine", ("int4-g32", "int8-g32"))
+    twin = _TWINS.get(layout.kind)
+    if twin:
+        return NBits(_container(twin.bits), twin.block, cols, zero_points=twin.minimum, offsets=twin.minimum)
+    return Refused(f"layout {layout.name} is not affine", ("int4-g32", "q4_k", "int8-g32"))
 
 
 def _container(bits: int) -> int:

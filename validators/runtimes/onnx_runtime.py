@@ -13,8 +13,8 @@ Job: `artifact` (directory), `main` (file name), `mode`, `threads`, `want`:
 | decode  | a prefill of `prefill` tokens (default half), then one token at a time through the KV cache               |
 
 Arrays in: `input_ids` (b, s) int64, optional `attention_mask`, `position_ids`, `token_type_ids` of the same shape.
-Position ids default to the count of unmasked tokens before each token. Arrays out: the graph's `logits` (b, s, vocab)
-and `last_hidden_state` (b, s, hidden), float32.
+Position ids default to the count of unmasked tokens before each token. Arrays out: those of the graph's `logits`,
+`last_hidden_state`, `start_logits` and `end_logits` that there are, float32.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, np.ndarray]
 FLOAT32_LEVEL = 0
+OUTPUTS = ("logits", "last_hidden_state", "start_logits", "end_logits")
 _TYPES = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
@@ -108,9 +109,9 @@ class Graph:
         missing = [name for name in self.present if name not in self.names]
         if missing:
             raise Malformed(f"the graph takes a past but gives no {missing[0]}")
-        self.wanted = [name for name in ("logits", "last_hidden_state") if name in self.names]
+        self.wanted = [name for name in OUTPUTS if name in self.names]
         if not self.wanted:
-            raise Malformed(f"the graph gives neither logits nor last_hidden_state, but {', '.join(self.names[:4])}")
+            raise Malformed(f"the graph gives none of {', '.join(OUTPUTS)}, but {', '.join(self.names[:4])}")
 
     def outputs(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
         """One pass, past empty."""

@@ -7,9 +7,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
+
 from tightship.formats.layouts import parse_layout
 from tightship.formats.packings.matmul_nbits import NBits, nbits_for, pack, unpack, values
-
 from tightship.target import Refused
 
 
@@ -54,17 +54,25 @@ def test_the_kernel_reads_the_layouts_values(bits: int, group: str, asym: str) -
         assert operands[key].shape == shape
 
 
-@pytest.mark.parametrize("word", ["q4_1", "q5_1"])
-def test_free_minimum_travels_as_block_offsets(word: str) -> None:
+@pytest.mark.parametrize("word", ["q2_k", "q3_k", "q4_1", "q4_k", "q5_1", "q5_k", "q6_k", "tq1_0", "tq2_0"])
+def test_ggml_layouts_keep_their_values(word: str) -> None:
+    """The kernel's product with the identity, plus the minimum of each block, is what libggml's block says."""
     layout = parse_layout(word)
-    weight = np.random.default_rng(3).normal(1, 1, size=(8, 64)).astype(np.float32)
+    weight = np.random.default_rng(3).normal(0.3, 1, size=(8, 512)).astype(np.float32)
     arrays = layout.quantize(weight)
-    spec = nbits_for(layout, 64)
+    spec = nbits_for(layout, 512)
     operands = pack(layout, arrays, spec)
     np.testing.assert_array_equal(values(operands, spec), layout.values(arrays))
     without = kernel_values(operands, spec)
-    offsets = np.repeat(operands["offsets"].T, 32, axis=1)
-    np.testing.assert_array_equal(without.astype(np.float64) + offsets, layout.values(arrays))
+    offsets = np.repeat(operands["offsets"].T, spec.block, axis=1) if spec.offsets else np.float32(0)
+    np.testing.assert_array_equal(without + offsets, layout.values(arrays).astype(np.float32))
+    assert operands["B"].dtype == np.uint8
+    assert spec.offsets == (word in ("q2_k", "q4_1", "q4_k", "q5_1", "q5_k"))
+
+
+@pytest.mark.parametrize("word", ["iq4_nl", "iq4_xs", "mxfp4", "nvfp4"])
+def test_layouts_with_a_table_are_refused(word: str) -> None:
+    assert isinstance(nbits_for(parse_layout(word), 512), Refused)
 
 
 def test_hand_packed_bytes() -> None:
