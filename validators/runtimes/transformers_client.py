@@ -41,11 +41,13 @@ def run(job: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[dict[str, A
         ImportError: the package that loads this quantization is not installed.
         Malformed: a tensor is missing, unexpected or of another shape for transformers.
     """
+    directory = Path(job["artifact"])
+    config = json.loads((directory / "config.json").read_text())
+    if "quantization_config" in config:
+        _require_package(str(config["quantization_config"].get("quant_method")))
     import torch
 
     torch.set_num_threads(int(job.get("threads", 1)))
-    directory = Path(job["artifact"])
-    config = json.loads((directory / "config.json").read_text())
     model = load(directory, config, str(job.get("mode", "graph")))
     rows: list[dict[str, np.ndarray]] = []
     with torch.inference_mode():
@@ -64,10 +66,8 @@ def load(directory: Path, config: dict[str, Any], mode: str) -> PreTrainedModel:
     transformers.utils.logging.disable_progress_bar()
     quantization = config.get("quantization_config")
     options: dict[str, Any] = {"dtype": torch.float32 if mode == "graph" else "auto"}
-    if quantization:
-        _require_package(str(quantization.get("quant_method")))
-        if quantization["quant_method"] == "compressed-tensors" and _dequantize(quantization, mode):
-            options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
+    if quantization and quantization["quant_method"] == "compressed-tensors" and _dequantize(quantization, mode):
+        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     auto = getattr(transformers, auto_class(config))
     model, info = auto.from_pretrained(
         directory,
