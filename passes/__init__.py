@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tightship.errors import UsageError
@@ -14,8 +14,8 @@ from tightship.suggest import did_you_mean
 _MODULES = ("drop_layers", "prune", "low_rank", "imatrix", "quantize")
 
 
-def pass_for(use: str, options: Mapping[str, Any], where: str = "passes") -> Pass:
-    """The pass called `use` in a recipe, with its options checked.
+def pass_for(use: str, options: Mapping[str, Any], where: str = "passes", resolve: Callable[[str], str] = str) -> Pass:
+    """The pass called `use` in a recipe, with its options checked. `resolve` says where a file of the recipe is.
 
     Raises:
         UsageError: no such pass, or an option it does not have; the message suggests the nearest.
@@ -27,4 +27,6 @@ def pass_for(use: str, options: Mapping[str, Any], where: str = "passes") -> Pas
             f"{where}: pass {use!r} is unknown{did_you_mean(use, Pass.registry)}",
             hint=f"passes: {', '.join(sorted(Pass.registry))}",
         )
-    return build(Pass.registry[use], options, f"{where} ({use})")
+    found = Pass.registry[use]
+    placed = {k: resolve(v) if k in found.paths and isinstance(v, str) else v for k, v in options.items()}
+    return build(found, placed, f"{where} ({use})")

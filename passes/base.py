@@ -72,6 +72,7 @@ class Pass(ABC):
         revision: raised whenever the same inputs would give other bytes.
         needs: what the runner must provide; `nothing` marks a data-free pass.
         per_tensor: each output tensor is a cheap function of one input tensor; streamed to all targets, not stored.
+        paths: options that name files; relative ones start at the recipe.
         makes, destroys: properties. What is not destroyed is preserved.
 
     A pass whose method decides what it needs (`prune`, `quantize`) says so by properties of those names.
@@ -81,6 +82,7 @@ class Pass(ABC):
     revision: ClassVar[int] = 1
     needs: ClassVar[Needs] = "nothing"
     per_tensor: ClassVar[bool] = False
+    paths: ClassVar[frozenset[str]] = frozenset()
     makes: ClassVar[frozenset[str]] = frozenset()
     destroys: ClassVar[frozenset[str]] = frozenset()
     registry: ClassVar[dict[str, type[Pass]]] = {}

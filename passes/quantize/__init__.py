@@ -107,6 +107,7 @@ class Quantize(Pass):
     name: ClassVar[str] = "quantize"
     makes: ClassVar[frozenset[str]] = frozenset({"grid"})
     destroys: ClassVar[frozenset[str]] = frozenset({"grid"})
+    paths: ClassVar[frozenset[str]] = frozenset({"imatrix"})
 
     solver: str = "rtn"
     layout: str | None = None

@@ -7,11 +7,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from tightship.architecture import Architecture, TensorInfo
+from tightship.digests import digest_files
 from tightship.errors import Malformed
+from tightship.progress import Progress, no_progress
 from tightship.weights import Alias, Stored, Weight
 
 
@@ -22,12 +25,18 @@ class Source:
     Attributes:
         identity: directory name, hub id or file name.
         revision: commit of a hub id, or None.
-        files: (relative name, size, sha256) of every file that was read, sorted by name.
+        files: (relative name, size, sha256) of every file that was read, sorted by name; empty until `hashed`.
+        paths: relative name -> where the file is; never written anywhere.
     """
 
     identity: str
     revision: str | None
     files: tuple[tuple[str, int, str], ...]
+    paths: Mapping[str, Path] = field(default_factory=dict, compare=False, repr=False)
+
+    def hashed(self, progress: Progress = no_progress) -> Source:
+        """With the digest of every file; reads them all."""
+        return self if self.files else dataclasses.replace(self, files=digest_files(self.paths, progress))
 
     def to_json(self) -> dict[str, Any]:
         files = [{"path": path, "size": size, "sha256": digest} for path, size, digest in self.files]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tightship.target import Progress, no_progress
+from tightship.progress import Progress, no_progress
 
 
 def digest_files(paths: Mapping[str, Path], progress: Progress = no_progress) -> tuple[tuple[str, int, str], ...]:

@@ -12,7 +12,6 @@ import numpy as np
 
 from tightship.architecture import Architecture, TensorInfo, architecture_for
 from tightship.checkpoint import Checkpoint, Source, check_tensors
-from tightship.digests import digest_files
 from tightship.errors import Malformed, Unsupported, UsageError
 from tightship.sidecars import Folder, read_config
 from tightship.target import Progress, no_progress
@@ -22,11 +21,14 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]+
 _CHUNK = 1 << 24
 
 
-def open_checkpoint(source: str | Path, *, revision: str | None = None, progress: Progress = no_progress) -> Checkpoint:
+def open_checkpoint(
+    source: str | Path, *, revision: str | None = None, hashed: bool = True, progress: Progress = no_progress
+) -> Checkpoint:
     """Open a Hugging Face directory, a hub id (`org/name`, `org/name@revision`) or a .gguf file.
 
     Weights are lazy: names, dtypes and shapes are known and checked, data are read on request. The network is used for
-    a hub id alone.
+    a hub id alone. Without `hashed`, `Checkpoint.source` has no digests yet, and opening takes no longer than reading
+    headers.
 
     Raises:
         UsageError: no such path, and not a hub id; a directory without weights or config; no such repository.
@@ -37,10 +39,11 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None, progress
     path = Path(source)
     if path.is_dir():
         _no_revision(path, revision)
-        return open_directory(path, name=path.resolve().name, identity=path.resolve().name, progress=progress)
+        name = path.resolve().name
+        return open_directory(path, name=name, identity=name, hashed=hashed, progress=progress)
     if path.is_file():
         _no_revision(path, revision)
-        return _open_file(path, progress)
+        return _open_file(path, hashed, progress)
     text = str(source)
     if not _HUB_ID.fullmatch(text) or Path(text.partition("/")[0]).exists():
         raise UsageError(
@@ -52,11 +55,17 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None, progress
     repository, _, tag = text.partition("@")
     folder, commit = download(repository, revision or tag or None, progress)
     name = repository.split("/")[1]
-    return open_directory(folder, name=name, identity=repository, commit=commit, progress=progress)
+    return open_directory(folder, name=name, identity=repository, commit=commit, hashed=hashed, progress=progress)
 
 
 def open_directory(
-    path: Path, *, name: str, identity: str, commit: str | None = None, progress: Progress = no_progress
+    path: Path,
+    *,
+    name: str,
+    identity: str,
+    commit: str | None = None,
+    hashed: bool = True,
+    progress: Progress = no_progress,
 ) -> Checkpoint:
     """Open a directory in the form that transformers saves. Raises as `open_checkpoint`."""
     from tightship.formats.weight_files import read_weights
@@ -74,14 +83,13 @@ def open_directory(
         weights=weights,
         files=files,
         architecture=architecture,
-        source=Source(identity, commit, ()),
+        source=Source(identity, commit, (), {n: folder.resolve(n) for n in ("config.json", *stored.files, *files)}),
     )
     check_tensors(checkpoint)
-    digests = digest_files({n: folder.resolve(n) for n in ("config.json", *stored.files, *files)}, progress)
-    return checkpoint.replace(source=Source(identity, commit, digests))
+    return checkpoint.replace(source=checkpoint.source.hashed(progress)) if hashed else checkpoint
 
 
-def _open_file(path: Path, progress: Progress) -> Checkpoint:
+def _open_file(path: Path, hashed: bool, progress: Progress) -> Checkpoint:
     if path.suffix.lower() != ".gguf":
         raise UsageError(
             f"{path.name} is a single file; the source is a directory, a hub id or a .gguf file",
@@ -91,7 +99,7 @@ def _open_file(path: Path, progress: Progress) -> Checkpoint:
         from tightship.gguf_source import open_gguf
     except ModuleNotFoundError as error:
         raise Unsupported("GGUF files cannot be opened as a source yet", hint="start from the original") from error
-    checkpoint: Checkpoint = open_gguf(path, progress=progress)
+    checkpoint: Checkpoint = open_gguf(path, hashed=hashed, progress=progress)
     return checkpoint
 
 

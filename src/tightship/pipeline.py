@@ -90,6 +90,7 @@ class _Build:
         with self.log.step("plan"):
             plan = make_plan(self.recipe, self.settings, progress=self.progress)
             check_disk(plan, self.publication.output, self.settings.work)
+            plan = plan.hashed(self.progress)
         with self._threads(), self._scratch():
             with self.log.step("passes"):
                 state, shop = run_passes(plan, self.recipe, self.settings, self.progress)

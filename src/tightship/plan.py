@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Plan:
     """A build, known without data.
 
     Attributes:
-        source: the checkpoint as opened.
+        source: the checkpoint as opened; its files are not hashed yet.
         stages: the recipe's passes.
         targets: one an artifact.
         output_bytes: of all artifacts' weight files together.
@@ -51,6 +51,10 @@ class Plan:
     scratch_bytes: int
     memory_bytes: dict[str, int]
     notes: tuple[str, ...] = field(default=())
+
+    def hashed(self, progress: Progress) -> Plan:
+        """With the digests of the source's files: what a run starts from."""
+        return replace(self, source=self.source.replace(source=self.source.source.hashed(progress)))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -130,7 +134,7 @@ def make_plan(recipe: Recipe, settings: Settings, *, progress: Progress = no_pro
         raise UsageError("no target is given", hint="--to gguf, --to onnx or --to safetensors")
     parse_gates(recipe.gates, recipe.path)
     stages, complaints = make_stages(recipe, allow_order=settings.allow_order)
-    source = open_checkpoint(recipe.path(recipe.source), progress=progress)
+    source = open_checkpoint(recipe.path(recipe.source), hashed=False, progress=progress)
     checkpoint = source
     stored = 0
     for stage in stages:

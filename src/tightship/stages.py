@@ -75,7 +75,7 @@ def make_stages(recipe: Recipe, *, allow_order: bool = False) -> tuple[list[Stag
         options = dict(step.options)
         if step.use == "quantize":
             options = _with_solver(options, recipe)
-        stages.append(Stage(step, pass_for(step.use, options, f"passes[{number}]")))
+        stages.append(Stage(step, pass_for(step.use, options, f"passes[{number}]", recipe.path)))
     return stages, check_order([stage.work for stage in stages], allow=allow_order)
 
 
@@ -94,7 +94,7 @@ def scheme_stage(checkpoint: Checkpoint, target: Target, exporter: Any, recipe: 
             raise UsageError(f"target {target.id} quantizes nothing, so {', '.join(options)} would have no effect")
         return None
     options = _with_solver(options, recipe) if is_quantizing(target) else {"solver": "rtn", **options}
-    work = pass_for("quantize", {**options, "layouts": dict(layouts)}, f"target {target.id}")
+    work = pass_for("quantize", {**options, "layouts": dict(layouts)}, f"target {target.id}", recipe.path)
     return Stage(Step("quantize", f"scheme {target.id}"), work)
 
 

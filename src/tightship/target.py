@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from tightship.checkpoint import Checkpoint
 from tightship.layout import Layout
+from tightship.progress import Progress, no_progress
+
+__all__ = ["CONTAINERS", "Exact", "Exported", "Exporter", "Progress", "Refused", "Target", "TargetPlan", "TensorPlan"]
+__all__ += ["no_progress", "sorted_files", "total_bytes"]
 
 CONTAINERS = ("gguf", "onnx", "safetensors")
 
@@ -102,14 +106,6 @@ class Exported:
     main: str
     graph_source: str | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
-
-
-Progress = Callable[[str, int, int], None]
-"""progress(what, done, total): called often, drawn by the caller. `what` is a task, or `task: detail` (a tensor)."""
-
-
-def no_progress(what: str, done: int, total: int) -> None:
-    """The default: say nothing."""
 
 
 class Exporter(Protocol):

@@ -23,6 +23,7 @@ from tightship.plan import make_plan
 from tightship.recipe import Recipe
 from tightship.report import TargetReport, judge, not_run
 from tightship.settings import Settings
+from tightship.stages import make_stages
 from tightship.target import sorted_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,6 +105,15 @@ def test_an_existing_output_is_refused_and_a_forced_run_reuses_stages(
     assert how_stages_were_had(build(PRUNE, QUANTIZE, force=True)) == ["reused", "streamed"]
     assert content(tmp_path / "out") == before
     assert how_stages_were_had(build(PRUNE, targets=[{"to": "gguf"}], output="other")) == ["reused"]
+
+
+def test_files_of_options_start_at_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "a.imatrix").write_bytes(b"x")
+    with_file = {"use": "quantize", "with": {"solver": "importance", "layout": "int4", "imatrix": "a.imatrix"}}
+    recipe = Recipe.from_json({"passes": [with_file]}, base=tmp_path)
+    assert make_stages(recipe)[0][0].work.imatrix == str(tmp_path / "a.imatrix")  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match=r"a\.imatrix"):
+        make_stages(Recipe.from_json({"passes": [with_file]}))
 
 
 def test_a_schemes_solving_is_a_stage_of_the_report(build: Callable[..., pipeline.Built]) -> None:
