@@ -109,7 +109,7 @@ class Bench:
         return {"bits": round(bits(layout), 4)}
 
     def _sparsity(self, result: Checkpoint) -> dict[str, float]:
-        matrices = [result.weights[info.name].value() for info in result.linears()]
+        matrices = [result.resolve(info.name).value() for info in result.linears()]
         return {"sparsity": sum(int((w == 0).sum()) for w in matrices) / sum(w.size for w in matrices)}
 
     def _local(self, figures: dict[str, Any]) -> dict[str, Any]:

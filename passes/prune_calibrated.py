@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -86,8 +86,8 @@ def _facts(method: CalibratedPrune, spec: Prune, checkpoint: Checkpoint, run: Ru
     return found
 
 
-def _layer(entry: Mapping[str, object]) -> Layer:
-    return Layer(**{**entry, "costs": np.asarray(entry["costs"])})  # type: ignore[arg-type]
+def _layer(entry: Mapping[str, Any]) -> Layer:
+    return Layer(**{**entry, "costs": np.asarray(entry["costs"])})
 
 
 def survey(method: CalibratedPrune, spec: Prune, checkpoint: Checkpoint, run: Run) -> dict[str, Layer]:

@@ -73,9 +73,9 @@ class _Run:
 
         last = self.weights.shape[1] if group is None else first + group[1]
         costs = (self.weights[:, first:last] / self.factor.diagonal()[first:last]).square()
-        costs = costs.masked_fill(self.gone[:, first:last], -1.0).cpu().numpy()
         known = self.gone[:, first:last].cpu().numpy()
-        chosen = lowest_in_groups(costs, *group) if group else lowest(costs, min(count, costs.size))
+        scores = np.where(known, -1.0, costs.cpu().numpy())
+        chosen = lowest_in_groups(scores, *group) if group else lowest(scores, min(count, scores.size))
         self.mask[:, first:last] = torch.from_numpy(chosen | known).to(self.mask.device)
 
     def zero(self, groups: tuple[int, int] | None) -> torch.Tensor:

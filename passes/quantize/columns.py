@@ -20,7 +20,7 @@ class Columns:
     """A grid column by column, (rows, cols) float64 each; `table` is None for affine grids."""
 
     scale: torch.Tensor
-    offset: torch.Tensor | None
+    offset: torch.Tensor
     low: int
     high: int
     table: torch.Tensor | None
@@ -35,12 +35,11 @@ class Columns:
         if isinstance(grid, AffineGrid):
             return cls(wide(grid.scale), wide(grid.offset), grid.lo, grid.hi, None)
         table = torch.from_numpy(np.asarray(grid.table, np.float64)).to(device)
-        return cls(wide(grid.scale), None, 0, len(table) - 1, table)
+        return cls(wide(grid.scale), wide(0.0), 0, len(table) - 1, table)
 
     def take(self, order: np.ndarray) -> Columns:
         """The columns in another order."""
-        offset = None if self.offset is None else self.offset[:, order]
-        return Columns(self.scale[:, order], offset, self.low, self.high, self.table)
+        return Columns(self.scale[:, order], self.offset[:, order], self.low, self.high, self.table)
 
     def round(self, w: torch.Tensor, j: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and values of column j nearest to `w` (rows,). A zero scale says code 0, clamped, like `nearest`."""
@@ -51,7 +50,7 @@ class Columns:
         if self.table is not None:
             codes = (w[:, None] / safe[:, None] - self.table).abs().argmin(dim=1)
             return codes, scale * self.table[codes]
-        offset = self.offset[:, j]  # type: ignore[index] - affine grids have one
+        offset = self.offset[:, j]
         exact = torch.where(scale == 0, 0.0, (w - offset) / safe)
         codes = exact.round().clamp(self.low, self.high)
         return codes, scale * codes + offset

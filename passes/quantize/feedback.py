@@ -95,7 +95,8 @@ class _Job:
             grid = Columns.of(self.layout.grid(params), block.shape, str(self.weights.device))
             found.append({"codes": self.run(grid, start, start + width), **params})
         whole = {key: np.concatenate([part[key] for part in found], axis=1) for key in found[0]}
-        whole["codes"] = whole["codes"].astype(self.layout.array_specs(tuple(self.weights.shape))["codes"].dtype)
+        dtype = self.layout.array_specs((len(self.weights), cols))["codes"].dtype
+        whole["codes"] = whole["codes"].astype(dtype)
         return whole
 
     def run(self, grid: Columns, start: int = 0, stop: int | None = None) -> np.ndarray:

@@ -6,7 +6,7 @@ loading). Every multiplication with a weight of the block can be observed, exper
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from tightship.checkpoint import Checkpoint
 from tightship.errors import Malformed, Unsupported
 from tightship.interception import Enough, Observer, Recorder, multiplications, replaced, to_device
 from tightship.modelview import ModelView, disk_value
-from tightship.weights import Alias, Weight
+from tightship.weights import Alias, Stored
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ class BlockStep:
         """(out, in) float32: the matrix as it is now."""
         return self._view(name).cpu().numpy().copy()
 
-    def write(self, name: str, weight: Weight) -> None:
+    def write(self, name: str, weight: Stored) -> None:
         """Go on with this weight instead, in this block and wherever it is shared."""
         self._walk.written[name] = weight
         import torch
@@ -134,9 +134,13 @@ class Tail(BlockStep):
         with self._walk.view.computing(), multiplications(self._factors(), note):
             for batch in self._walk.batches:
                 missing.update(self.linears)
-                left = (batch.hidden,) if self._walk.wraps else batch.hidden
-                with replaced(self._walk.blocks, lambda _, left=left: lambda *_args, **_kwargs: left):
+                with replaced(self._walk.blocks, self._passing(batch)):
                     self._walk.forward(batch.ids)
+
+    def _passing(self, batch: _Batch) -> Callable[[Any], Callable[..., Any]]:
+        """Makes every block hand on what the last one put out."""
+        left = (batch.hidden,) if self._walk.wraps else batch.hidden
+        return lambda _block: lambda *_args, **_kwargs: left
 
 
 class BlockWalk:
@@ -149,7 +153,7 @@ class BlockWalk:
         self.checkpoint = view.checkpoint
         self.infos = self.checkpoint.infos()
         self.module, self.addresses = skeleton(self.checkpoint)
-        self.written: dict[str, Weight] = {}
+        self.written: dict[str, Stored] = {}
         count = int(self.checkpoint.hyper["layers"])
         self.prefixes = [self.checkpoint.architecture.block_prefix.format(i=i) for i in range(count)]
         self.blocks = _block_modules(self.module, self.checkpoint, self.prefixes)

@@ -20,7 +20,7 @@ import numpy as np
 
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Malformed, Unsupported
-from tightship.weights import Alias, Weight
+from tightship.weights import Alias, Stored
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +129,7 @@ def disk_names(checkpoint: Checkpoint) -> list[str]:
     return [name for name in checkpoint.weights if not any(fnmatch.fnmatch(name, pattern) for pattern in ignored)]
 
 
-def disk_value(checkpoint: Checkpoint, name: str, written: Mapping[str, Weight] | None = None) -> np.ndarray:
+def disk_value(checkpoint: Checkpoint, name: str, written: Mapping[str, Stored] | None = None) -> np.ndarray:
     """A fresh float32 array as stored on disk (Conv1D matrices turned back), aliases followed.
 
     `written` holds weights that take the place of the checkpoint's.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tightship.formats.layouts import parse_layout
-from tightship.layout import Context, Layout, nearest
+from tightship.layout import Context, Grid, Layout, TableGrid, nearest
 from tightship.passes.hessian import NotPositive, inverse_factor, loss
 from tightship.passes.quantize.feedback import Feedback, round_with_feedback
 
@@ -19,6 +19,9 @@ LAYOUTS = (
     "int4-g128-asym",
     "int4-channel",
     "int8-g64",
+    "iq4_nl",
+    "iq4_xs",
+    "mxfp4",
     "q4_1",
     "q2_k",
     "q4_k",
@@ -32,6 +35,19 @@ def problem(cols: int = 256, rows: int = 12, seed: int = 0) -> tuple[np.ndarray,
     mix = rng.normal(size=(cols, cols)) * np.arange(1, cols + 1) ** -0.7
     x = rng.normal(size=(4 * cols, cols)) @ mix.T
     return rng.standard_t(5, (rows, cols)).astype(np.float32), x.T @ x / len(x)
+
+
+def best_code(grid: Grid, w: np.ndarray, column: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Code and value nearest to `w` (rows,) of one column, by trying all codes."""
+    scale = np.broadcast_to(grid.scale, (len(w), width))[:, column, None].astype(np.float64)
+    if isinstance(grid, TableGrid):
+        said = scale * grid.table.astype(np.float64)
+        low = 0
+    else:
+        offset = np.broadcast_to(grid.offset, (len(w), width))[:, column, None].astype(np.float64)
+        low, said = grid.lo, scale * np.arange(grid.lo, grid.hi + 1) + offset
+    best = np.abs(said - w[:, None]).argmin(axis=1)
+    return best + low, said[np.arange(len(w)), best]
 
 
 def naive(w: np.ndarray, second: np.ndarray, layout: Layout, *, actorder: bool) -> np.ndarray:
@@ -50,11 +66,8 @@ def naive(w: np.ndarray, second: np.ndarray, layout: Layout, *, actorder: bool) 
             part = slice(j, j + width)
             grid = layout.grid(layout.fit(now[:, part].astype(np.float32), importance[part], context))
         at = j if actorder else j % width
-        scale, offset = (np.broadcast_to(a, (len(w), cols if actorder else width))[:, at].astype(np.float64)
-                         for a in (grid.scale, grid.offset))  # fmt: skip
-        ratio = np.divide(now[:, j] - offset, scale, out=np.zeros(len(w)), where=scale != 0)
-        codes[:, j] = np.clip(np.rint(ratio), grid.lo, grid.hi)
-        wrong = now[:, j] - (scale * codes[:, j] + offset)
+        codes[:, j], value = best_code(grid, now[:, j], at, cols if actorder else width)
+        wrong = now[:, j] - value
         now -= np.outer(wrong / inverse[j, j], inverse[j])
         inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
     return codes
