@@ -9,6 +9,8 @@ from tightship.errors import Unsupported
 from tightship.passes.masks import finite
 from tightship.weights import Dense, Stored
 
+_CHUNK = 1 << 20  # elements that are widened to float32 at a time
+
 
 def cast(name: str, weight: Stored, word: str) -> Stored:
     """`weight` in the element type `word`, rounded to nearest even when read; itself where nothing changes.
@@ -22,15 +24,24 @@ def cast(name: str, weight: Stored, word: str) -> Stored:
         return weight
 
     def read() -> np.ndarray:
-        values = finite(name, weight.value())
-        with np.errstate(over="ignore"):
-            narrowed = values.astype(dtype(word).numpy)
-        if not np.isfinite(narrowed.astype(np.float32)).all():
-            raise Unsupported(
-                f"reaches {np.abs(values).max():.4g}, beyond the range of {word}",
-                tensor=name,
-                hint="choose bf16 or f32 for this target",
-            )
+        values = weight.read()
+        narrowed = np.empty(values.shape, dtype(word).numpy)
+        source, target = values.reshape(-1), narrowed.reshape(-1)
+        for first in range(0, source.size, _CHUNK):
+            run = slice(first, first + _CHUNK)
+            target[run] = _narrowed(name, finite(name, source[run].astype(np.float32, copy=False)), word)
         return narrowed
 
     return Dense(weight.shape, word, read)
+
+
+def _narrowed(name: str, values: np.ndarray, word: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        found = values.astype(dtype(word).numpy)
+    if not np.isfinite(found.astype(np.float32)).all():
+        raise Unsupported(
+            f"reaches {np.abs(values).max():.4g}, beyond the range of {word}",
+            tensor=name,
+            hint="choose bf16 or f32 for this target",
+        )
+    return found

@@ -1,7 +1,7 @@
 """Round to nearest: each tensor's own search (`Layout.quantize`), nothing else. Data-free, streamed.
 
-Rows are independent in every layout, so a tensor goes through in runs of whole rows: the working memory is the
-result plus a few times `_CHUNK`, whatever the size of the tensor.
+Rows are independent in every layout, so a tensor goes through in runs of whole rows, widened to float32 run by run: the
+working memory is the tensor as stored, the result, and a few times `_CHUNK`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tightship.passes.masks import finite
 from tightship.passes.quantize import Matrix, Quantize, Solver
 from tightship.weights import Quantized
 
-_CHUNK = 1 << 22  # elements of a run of rows; a search holds about ten float32 arrays of that size
+_CHUNK = 1 << 20  # elements of a run of rows; a search holds about ten float32 arrays of that size
 
 
 class RoundToNearest(Solver):
@@ -44,24 +44,24 @@ def lazily(name: str, matrix: Matrix, importance: np.ndarray | None) -> Quantize
     """The matrix in its layout, solved when read. `importance` is (cols,) float32 or None."""
 
     def read() -> Arrays:
-        return quantize(name, finite(name, matrix.weight.value()), matrix.layout, importance)
+        return quantize(name, matrix.weight.read(), matrix.layout, importance)
 
     return Quantized(matrix.layout, matrix.shape, read)
 
 
 def quantize(name: str, w: np.ndarray, layout: Layout, importance: np.ndarray | None = None) -> Arrays:
-    """Codes and parameters of `w` (rows, cols) float32, in runs of rows.
+    """Codes and parameters of `w` (rows, cols), of any float dtype, in runs of rows.
 
     Raises:
         Unsupported: naming the tensor; a value that the layout's scales cannot reach.
-        Malformed: naming the tensor; the search made a NaN or Inf.
+        Malformed: naming the tensor; it holds NaN or Inf, or the search made one.
     """
     rows, cols = w.shape
     specs = layout.array_specs((rows, cols))
     arrays = {key: np.empty(spec.shape, spec.dtype) for key, spec in specs.items()}
     step = max(1, _CHUNK // max(cols, 1))
     for first in range(0, rows, step):
-        part = w[first : first + step]
+        part = finite(name, w[first : first + step].astype(np.float32, copy=False))
         for key, values in layout.quantize(part, importance).items():
             arrays[key][first : first + step] = values
     for key, values in arrays.items():
