@@ -12,7 +12,7 @@ from tightship.target import Progress, no_progress
 
 if TYPE_CHECKING:
     from tightship.pipeline import Built
-    from tightship.plan import Plan
+    from tightship.planning import Plan
     from tightship.verification import Verified
 
 
@@ -74,7 +74,7 @@ def plan(
     Raises:
         TightshipError: what `build` would refuse before any work.
     """
-    from tightship.plan import check_disk, make_plan
+    from tightship.planning import check_disk, make_plan
     from tightship.publish import check_output
 
     flags = {"source": source, "to": to, "quantize": quantize, "include": include, "solver": solver, "seed": seed}

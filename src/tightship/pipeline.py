@@ -19,7 +19,7 @@ from tightship.checkpoint import Checkpoint
 from tightship.durable import write_file
 from tightship.errors import GateFailed
 from tightship.manifest import exported_json, resolved_recipe, versions, write_manifest
-from tightship.plan import Plan, PlannedTarget, check_disk, make_plan
+from tightship.planning import Plan, PlannedTarget, check_disk, make_plan
 from tightship.publish import Publication, environment_failures
 from tightship.recipe import Recipe
 from tightship.report import Report, TargetReport

@@ -12,7 +12,7 @@ from typing import Any
 from tightship.errors import GateFailed, UsageError
 from tightship.manifest import rehash
 from tightship.pipeline import Artifact, Proofs, environment, run_passes, solved, summary
-from tightship.plan import make_plan
+from tightship.planning import make_plan
 from tightship.recipe import SELF, Recipe
 from tightship.report import Report
 from tightship.settings import Settings

@@ -19,7 +19,7 @@ from tightship import pipeline
 from tightship.durable import sha256_file
 from tightship.errors import EnvironmentFailure, GateFailed, Malformed, Unsupported, UsageError
 from tightship.formats.safetensors_file import Header
-from tightship.plan import make_plan
+from tightship.planning import make_plan
 from tightship.recipe import Recipe
 from tightship.report import TargetReport, judge, not_run
 from tightship.settings import Settings

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import tightship
-from tightship import api
 from tightship.errors import GateFailed, Unsupported
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -225,7 +224,7 @@ def test_other_layouts_in_all_three(layout: str, tmp_path: Path) -> None:
 
 def test_what_a_container_cannot_hold_is_refused_with_the_nearest() -> None:
     with pytest.raises(Unsupported) as caught:
-        api.plan(EMBER, quantize="int8-asym", to=["gguf", "onnx"])
+        tightship.plan(EMBER, quantize="int8-asym", to=["gguf", "onnx"])
     assert caught.value.exit_code == 3
     assert caught.value.tensor
     said = f"{caught.value} {caught.value.hint}"
@@ -236,7 +235,7 @@ def test_what_a_container_cannot_hold_is_refused_with_the_nearest() -> None:
 @pytest.mark.slow
 def test_planned_bytes_are_the_files(main_job: Any) -> None:
     to = ["gguf", "onnx", "safetensors"]
-    planned = {t.plan.target.id: t.plan for t in api.plan(EMBER, quantize="int4", to=to).targets}
+    planned = {t.plan.target.id: t.plan for t in tightship.plan(EMBER, quantize="int4", to=to).targets}
     main = {"gguf": "gguf/ember.gguf", "onnx": "onnx/model.onnx_data", "safetensors": "safetensors/model.safetensors"}
     sizes = {name: (main_job.output / path).stat().st_size for name, path in main.items()}
     sizes["onnx"] += (main_job.output / "onnx/model.onnx").stat().st_size
