@@ -7,6 +7,9 @@ Quantized layouts go in as they are; a scheme is what llama-quantize calls a fil
 | overrides  | {pattern in the GGUF name: type}; the first that is found decides                                 |
 | context    | a shorter context length; makes a sliding window harmless that the loader would ignore            |
 | shard_bytes| data bytes of one file; larger models become NAME-00001-of-0000N.gguf ...                         |
+| sparse     | `refuse` (the default) a type that undoes pruning, or `steer` to the nearest that keeps zeros    |
+| chat_template | a file with the template to write instead of the checkpoint's                                 |
+| metadata   | {key: value} of `general.*` and of your own; null takes a key away                                |
 | solver     | how a scheme is solved; anything but `rtn` counts as importance for the rules of the scheme       |
 """
 
@@ -22,6 +25,7 @@ from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported, UsageError
 from tightship.exporters import gguf_mixes
 from tightship.exporters.gguf_metadata import closing_fields, general_fields, gguf_section, head_dim, model_fields
+from tightship.exporters.gguf_options import STEERED, guarded, with_metadata, with_template
 from tightship.exporters.gguf_rope import rope
 from tightship.exporters.gguf_tensors import FileTensor, chunks, file_order, file_tensors, stored_type
 from tightship.exporters.gguf_tokenizer import tokenizer_fields
@@ -69,6 +73,8 @@ class GgufExporter:
         for tensor in tensors:
             planned += _planned(tensor, choices.get(tensor.name))
         fields, notes = _fields(checkpoint, target, [p.storage for p in planned])
+        steered = sum(STEERED in p.reason for p in planned)
+        notes += [f"{steered} pruned tensors are stored in types that keep their zeros"] if steered else []
         computed = _computed(checkpoint)
         planned += [
             TensorPlan(t.name, t.name, t.shape, "f32", "F32", t.nbytes, "computed from config") for t in computed
@@ -102,8 +108,9 @@ class GgufExporter:
         if "imatrix.gguf" in checkpoint.files:
             (directory / "imatrix.gguf").write_bytes(checkpoint.files["imatrix.gguf"])
         fallbacks = sum("needs rows in blocks" in p.reason for p in plan.tensors)
+        steered = sum(STEERED in p.reason for p in plan.tensors)
         digests = {name: file.sha256 for name, file in written.items()}
-        details = {"sha256": digests, "fallbacks": fallbacks, "notes": list(plan.notes)}
+        details = {"sha256": digests, "fallbacks": fallbacks, "steered": steered, "notes": list(plan.notes)}
         return Exported(tuple(sorted_files(directory)), main, details=details)
 
 
@@ -139,7 +146,8 @@ def _choices(checkpoint: Checkpoint, target: Target, tensors: list[FileTensor]) 
         experts=int(hyper.get("experts", 0)),
         importance=target.options.get("solver", "rtn") != "rtn",
     )
-    return gguf_mixes.choose(target.scheme.lower(), [t.matrix for t in tensors], model, overrides)
+    chosen = gguf_mixes.choose(target.scheme.lower(), [t.matrix for t in tensors], model, overrides)
+    return guarded(chosen, tensors, checkpoint, target.options)
 
 
 def _layout(type_name: str, name: str) -> Layout | str:
@@ -197,8 +205,9 @@ def _fields(checkpoint: Checkpoint, target: Target, types: list[str]) -> tuple[d
     """All metadata in the file's order, and notes."""
     general, notes = general_fields(checkpoint, str(gguf_section(checkpoint)["arch"]))
     model = model_fields(checkpoint, target.options.get("context"))
-    tokenizer, more = tokenizer_fields(checkpoint)
-    return general | model | tokenizer | closing_fields(_file_type(target, types)), [*notes, *more]
+    tokenizer, more = tokenizer_fields(with_template(checkpoint, target.options))
+    fields = general | model | tokenizer | closing_fields(_file_type(target, types))
+    return with_metadata(fields, target.options), [*notes, *more]
 
 
 def _file_type(target: Target, types: list[str]) -> str | None:

@@ -104,6 +104,8 @@ def for_container(target: Target, recipe: Recipe) -> Target:
     options = {key: value for key, value in target.options.items() if key not in theirs}
     if is_quantizing(target):
         options["solver"] = _with_solver(dict(target.options), recipe)["solver"]
+    if options.get("chat_template") is not None:
+        options["chat_template"] = recipe.path(str(options["chat_template"]))
     return dataclasses.replace(target, options=options)
 
 
