@@ -8,6 +8,7 @@ Quantized layouts go in as they are; a scheme is what llama-quantize calls a fil
 | context    | a shorter context length; makes a sliding window harmless that the loader would ignore            |
 | shard_bytes| data bytes of one file; larger models become NAME-00001-of-0000N.gguf ...                         |
 | sparse     | `refuse` (the default) a type that undoes pruning, or `steer` to the nearest that keeps zeros    |
+| adapter    | a directory with a LoRA adapter of PEFT, written as adapter.gguf beside the model                 |
 | chat_template | a file with the template to write instead of the checkpoint's                                 |
 | metadata   | {key: value} of `general.*` and of your own; null takes a key away                                |
 | solver     | how a scheme is solved; anything but `rtn` counts as importance for the rules of the scheme       |
@@ -24,6 +25,7 @@ from typing import Any
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported, UsageError
 from tightship.exporters import gguf_mixes
+from tightship.exporters.gguf_lora import ADAPTER, write_adapter
 from tightship.exporters.gguf_metadata import closing_fields, general_fields, gguf_section, head_dim, model_fields
 from tightship.exporters.gguf_options import STEERED, guarded, with_metadata, with_template
 from tightship.exporters.gguf_rope import rope
@@ -73,6 +75,8 @@ class GgufExporter:
         for tensor in tensors:
             planned += _planned(tensor, choices.get(tensor.name))
         fields, notes = _fields(checkpoint, target, [p.storage for p in planned])
+        if target.options.get("adapter") is not None:
+            notes.append(f"{ADAPTER} is written beside the model; the proof runs the model without it")
         steered = sum(STEERED in p.reason for p in planned)
         notes += [f"{steered} pruned tensors are stored in types that keep their zeros"] if steered else []
         computed = _computed(checkpoint)
@@ -105,6 +109,8 @@ class GgufExporter:
             written = {f"{stem}.gguf": write_gguf(directory / f"{stem}.gguf", fields, listed, progress)}
         main = min(written)
         (directory / "Modelfile").write_text(f"FROM ./{main}\n", encoding="utf-8")
+        if plan.target.options.get("adapter") is not None:
+            write_adapter(checkpoint, Path(str(plan.target.options["adapter"])), directory / ADAPTER)
         if "imatrix.gguf" in checkpoint.files:
             (directory / "imatrix.gguf").write_bytes(checkpoint.files["imatrix.gguf"])
         fallbacks = sum("needs rows in blocks" in p.reason for p in plan.tensors)

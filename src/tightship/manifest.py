@@ -49,7 +49,7 @@ def versions() -> dict[str, str]:
 
 
 # Options of a target that name a file.
-_FILES = frozenset({"imatrix", "chat_template"})
+_FILES = frozenset({"adapter", "chat_template", "imatrix"})
 
 
 def resolved_recipe(recipe: Recipe, stages: Sequence[Stage], solves: Mapping[str, Stage | None]) -> dict[str, Any]:

@@ -104,8 +104,9 @@ def for_container(target: Target, recipe: Recipe) -> Target:
     options = {key: value for key, value in target.options.items() if key not in theirs}
     if is_quantizing(target):
         options["solver"] = _with_solver(dict(target.options), recipe)["solver"]
-    if options.get("chat_template") is not None:
-        options["chat_template"] = recipe.path(str(options["chat_template"]))
+    for key in ("adapter", "chat_template"):
+        if options.get(key) is not None:
+            options[key] = recipe.path(str(options[key]))
     return dataclasses.replace(target, options=options)
 
 
