@@ -107,3 +107,15 @@ def test_a_matrix_shared_between_blocks_is_written_once(tiny: Tiny) -> None:
 def test_no_window_is_an_error(tiny: Tiny) -> None:
     with pytest.raises(Malformed, match="at least one window"):
         next(walk_blocks(ModelView(tiny("llama")), []))
+
+
+def test_the_head_is_not_computed_on_the_way_in(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of many windows at once would be the largest array of all."""
+
+    def watched(checkpoint: Checkpoint) -> Any:
+        module, places = skeleton(checkpoint)
+        module.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("the head ran"))
+        return module, places
+
+    monkeypatch.setattr("tightship.blocks.skeleton", watched)
+    assert len(list(walk_blocks(ModelView(tiny("llama")), windows()))) == 2

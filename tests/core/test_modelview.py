@@ -61,3 +61,11 @@ def test_an_alias_gives_the_owner_and_the_checkpoint_stays_as_it_was(tiny: Tiny)
     with torch.no_grad():
         module.lm_head.weight.zero_()
     np.testing.assert_array_equal(checkpoint.resolve("model.embed_tokens.weight").value(), before)
+
+
+def test_a_tensor_that_transformers_drops_without_a_word_is_an_error(tiny: Tiny) -> None:
+    """GPT-2's class ignores every name with `attn.bias` in it."""
+    name = "transformer.h.0.crossattn.bias"
+    checkpoint = tiny("gpt2").with_weights({name: Dense.of(np.zeros(5, np.float32))})
+    with pytest.raises(Malformed, match="elements"):
+        ModelView(checkpoint).module()
