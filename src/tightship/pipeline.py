@@ -144,6 +144,7 @@ class _Build:
         self, plan: Plan, artifacts: list[Artifact], digests: dict[str, dict[str, str]], report: Report
     ) -> Built:
         content = manifest_content(plan, self.recipe, self.settings, artifacts, digests)
+        content["stages"] = {stage["id"]: stage["key"] for stage in self.stages}
         data = {**report.to_json(), "manifest_sha256": write_manifest(self.publication.staging, content)}
         write_report(self.publication.staging, data)
         self.publication.publish()

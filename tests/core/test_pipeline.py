@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import resource
@@ -19,11 +20,13 @@ from tightship import pipeline
 from tightship.durable import sha256_file
 from tightship.errors import EnvironmentFailure, GateFailed, Malformed, Unsupported, UsageError
 from tightship.formats.safetensors_file import Header
+from tightship.manifest import resolved_recipe
+from tightship.passes import pass_for
 from tightship.planning import make_plan
-from tightship.recipe import Recipe
+from tightship.recipe import Recipe, Step
 from tightship.report import TargetReport, judge, not_run
 from tightship.settings import Settings
-from tightship.stages import make_stages
+from tightship.stages import Stage, make_stages
 from tightship.target import sorted_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,6 +117,27 @@ def test_files_of_options_start_at_the_recipe(tmp_path: Path) -> None:
     assert make_stages(recipe)[0][0].work.imatrix == str(tmp_path / "a.imatrix")  # type: ignore[attr-defined]
     with pytest.raises(UsageError, match=r"a\.imatrix"):
         make_stages(Recipe.from_json({"passes": [with_file]}))
+
+
+def test_files_are_recorded_by_name_and_digest(tmp_path: Path) -> None:
+    for name in ("a.imatrix", "text.txt"):
+        (tmp_path / name).write_bytes(b"content of it")
+    options = {"solver": "importance", "imatrix": "a.imatrix"}
+    data = {
+        "calibration": {"text": "text.txt"},
+        "passes": [{"use": "prune", "inputs": {"data": "text.txt", "teacher": "source"}, "with": {"sparsity": 0.5}}],
+        "targets": [{"to": "gguf", "scheme": "q4_0", "with": options}],
+        "source": str(EMBER),
+    }
+    recipe = Recipe.from_json(data, base=tmp_path)
+    solve = Stage(Step("quantize", "scheme"), pass_for("quantize", {**options, "layout": "q4_0"}, resolve=recipe.path))
+    resolved = resolved_recipe(recipe, make_stages(recipe)[0], {"gguf-q4_0": solve})
+    text = json.dumps(resolved)
+    assert str(tmp_path) not in text
+    digest = hashlib.sha256(b"content of it").hexdigest()
+    assert resolved["calibration"]["text"] == {"name": "text.txt", "sha256": digest}
+    assert resolved["passes"][0]["inputs"] == {"data": {"name": "text.txt", "sha256": digest}, "teacher": "source"}
+    assert resolved["targets"][0]["with"]["imatrix"] == {"name": "a.imatrix", "sha256": digest}
 
 
 def test_a_schemes_solving_is_a_stage_of_the_report(build: Callable[..., pipeline.Built]) -> None:
