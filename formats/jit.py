@@ -62,7 +62,7 @@ class _Files:
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile on first use; no fast-math, so that the bits are the same on every CPU."""
-    compiled = njit(nogil=True)(function)
+    compiled: Any = njit(nogil=True)(function)
     try:
         compiled.enable_caching()
     except RuntimeError:  # nowhere to write: every process compiles for itself

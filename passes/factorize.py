@@ -73,7 +73,7 @@ class Spectrum:
     def rank_for(self, energy: float) -> int:
         """Smallest rank whose squared singular values reach the share `energy` of all."""
         share = np.cumsum(self.singular**2) / max(float((self.singular**2).sum()), np.finfo(np.float64).tiny)
-        return int(min(np.searchsorted(share, energy - 1e-12) + 1, len(self.singular)))
+        return min(int(np.searchsorted(share, energy - 1e-12)) + 1, len(self.singular))
 
     def lost(self, rank: int) -> float:
         """Squared error in the metric, as a share of the matrix's own square."""

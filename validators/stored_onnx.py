@@ -70,7 +70,7 @@ class OnnxStored:
         return (self._piece(operands, cols) for _, operands in runs)
 
     def _shape(self, name: str, part: str) -> tuple[int, ...]:
-        weight = self.checkpoint.weights[name]
+        weight: Any = self.checkpoint.weights[name]
         for attribute in part.split(".")[1:]:
             weight = getattr(weight, attribute)
         return tuple(weight.shape)

@@ -14,13 +14,14 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from tightship.formats.jit import kernel
 
 SHRINKS = np.arange(1.1, 0.39, -0.05, dtype=np.float64)  # share of the range that the codes span
 CENTRES = np.array([0.0, 0.5, 1.0])  # where the rest is cut: above, on both sides, below
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def search(first: int, last: int, w: Any, importance: Any, top: int, bits: int, scale: Any, zero: Any) -> None:
     """Fill `scale` and `zero` (0..top) of groups [first, last).
 
@@ -54,7 +55,7 @@ def search(first: int, last: int, w: Any, importance: Any, top: int, bits: int, 
         scale[group], zero[group] = best_scale, int(best_zero)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _error(x: Any, v: Any, scale: float, zero: float, top: int) -> float:
     """Weighted squared error of rounding to nearest."""
     inverse, total = 1.0 / scale, 0.0
@@ -65,7 +66,7 @@ def _error(x: Any, v: Any, scale: float, zero: float, top: int) -> float:
     return total
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _least_squares(x: Any, v: Any, step: float, start: float, top: int) -> Any:
     """(step, start) of the line through the codes that the given ones round to; unchanged where it is not defined."""
     inverse = 1.0 / step
@@ -86,7 +87,7 @@ def _least_squares(x: Any, v: Any, step: float, start: float, top: int) -> Any:
     return slope, (sum_x - slope * sum_q) / n
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _significant(x: float, bits: int, up: bool) -> float:
     """Neighbour of x > 0 with `bits` significant bits that float16 can hold (below 2^-14 its spacing is 2^-24)."""
     mantissa, exponent = math.frexp(x)

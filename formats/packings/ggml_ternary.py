@@ -34,10 +34,12 @@ def _trits(arrays: Arrays, top: int, name: str) -> np.ndarray:
 
 def _pack_tq1(arrays: Arrays) -> np.ndarray:
     trits = _trits(arrays, 1, "TQ1_0").astype(np.uint16)
-    fields = []
+    fields: list[np.ndarray] = []
     for first, width, count in _RUNS:
         digits = trits[:, first : first + width * count].reshape(-1, count, width)
-        number = sum(digits[:, n] * np.uint16(3 ** (4 - n)) for n in range(count))
+        number = (digits * np.uint16(3) ** np.arange(4, 4 - count, -1, dtype=np.uint16)[:, None]).sum(
+            axis=1, dtype=np.uint16
+        )
         fields.append(((number * np.uint16(256) + np.uint16(242)) // np.uint16(243)).astype(np.uint8))
     d = arrays["d"]
     return join(len(d), *fields, as_bytes(d, d.size))

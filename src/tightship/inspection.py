@@ -140,7 +140,7 @@ def _onnx(path: Path, sparsity: bool) -> Found:
         Held(t.name, t.shape, t.dtype.upper(), t.nbytes, _share_of_zeros(t.read()) if sparsity else None)
         for t in file.initializers.values()
     ]
-    return file.metadata, held, file.weights
+    return dict(file.metadata), held, file.weights
 
 
 def _shown(value: Any) -> Any:

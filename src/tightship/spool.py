@@ -121,5 +121,5 @@ def _digest(what: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256(json.dumps(what, sort_keys=True, separators=(",", ":")).encode())
     for key in sorted(arrays):
         digest.update(key.encode())
-        digest.update(memoryview(np.ascontiguousarray(arrays[key]).reshape(-1).view(np.uint8)))
+        digest.update(np.ascontiguousarray(arrays[key]).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
