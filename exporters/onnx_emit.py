@@ -215,7 +215,7 @@ class Emitter:
 
         node = ir.node(op, list(inputs), dict(attributes or {}), domain=domain)
         self._counter += 1
-        node.name = node.outputs[0].name = f"{op}_{self._counter}"
+        node.name = node.outputs[0].name = f"weights.{op}_{self._counter}"
         if domain:
             self.graph.opset_imports.setdefault(domain, 1)
         return node

@@ -12,12 +12,15 @@ import numpy as np
 from tightship.architecture import Architecture
 from tightship.errors import Unsupported
 from tightship.exporters.onnx_candidates.graph_edits import OPSET
-from tightship.exporters.onnx_candidates.skeleton import BATCH, PAST, TOTAL, Feed, Skeleton
+from tightship.exporters.onnx_candidates.skeleton import BATCH, PAST, SEQUENCE, TOTAL, Feed, Skeleton
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 _FLOAT, _INT64 = 1, 7
+# Operators whose output has the shape of their first input.
+_ELEMENTWISE = ("Add", "Mul", "Div", "Tanh", "Sigmoid", "Relu", "Gelu")
+_ALIKE = (*_ELEMENTWISE, "RMSNormalization", "LayerNormalization", "RotaryEmbedding", "Attention")
 _TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
 
@@ -102,7 +105,12 @@ class Network:
 
     def lookup(self, role: str, indices: ir.Value) -> ir.Value:
         """Rows of a table."""
-        return self.op("Gather", self._fed(self._name(None, role, "weight")), indices, axis=0)
+        import onnx_ir as ir
+
+        table = self._fed(self._name(None, role, "weight"))
+        found = self.op("Gather", table, indices, axis=0)
+        found.shape = ir.Shape([*(indices.shape or (SEQUENCE,)), table.shape[-1]])
+        return found
 
     def linear(
         self,
@@ -185,13 +193,18 @@ class Network:
         return self.ops(kind, *inputs, **attributes)[0]
 
     def ops(self, kind: str, *inputs: ir.Value, outputs: int = 1, **attributes: Any) -> Sequence[ir.Value]:
-        """All outputs of a node; activations have rank 3 unless they are scalars' kin."""
+        """All outputs of a node; shapes are noted where they follow from the first input."""
         import onnx_ir as ir
 
         node = ir.node(kind, list(inputs), attributes, num_outputs=outputs)
         node.name = f"{kind}_{len(self._nodes)}"
         for index, value in enumerate(node.outputs):
             value.name = node.name if not index else f"{node.name}.{index}"
+        first = inputs[0].shape
+        if first is not None and kind in _ALIKE:
+            node.outputs[0].shape = ir.Shape(first)
+        elif first is not None and kind == "MatMul":
+            node.outputs[0].shape = ir.Shape([*first[:-1], inputs[1].shape[-1]])
         self._nodes.append(node)
         return node.outputs
 

@@ -15,7 +15,9 @@ from tightship.checkpoint import Checkpoint
 from tightship.dtypes import dtype
 from tightship.errors import Unsupported, UsageError
 from tightship.exporters.onnx_assemble import write_graph
+from tightship.exporters.onnx_candidates.direct import DirectCandidate
 from tightship.exporters.onnx_candidates.mobius_graphs import MobiusCandidate
+from tightship.exporters.onnx_candidates.skeleton import Candidate
 from tightship.exporters.onnx_storage import Style
 from tightship.exporters.to_onnx import OnnxExporter, reference_graph
 from tightship.formats.layouts import parse_layout
@@ -201,6 +203,19 @@ def test_quantized_embedding_shared_with_the_head(ember: Checkpoint, build: Buil
     assert relative_l2(in_onnx_runtime(directory, IDS)["logits"], expected) <= 1e-5
     names = [i.name for i in onnx.load(directory / "model.onnx", load_external_data=False).graph.initializer]
     assert not [name for name in names if name.startswith("lm_head")]
+
+
+@pytest.mark.parametrize("candidate", [MobiusCandidate(), DirectCandidate()])
+@pytest.mark.parametrize("word", ["q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "tq2_0"])
+def test_k_quants_keep_their_integers(ember: Checkpoint, tmp_path: Path, word: str, candidate: Candidate) -> None:
+    """What a GGUF file says in super-blocks, said by MatMulNBits and block sums."""
+    layout = parse_layout(word)
+    quantized = {i.name: Quantized.of(layout, layout.quantize(ember.resolve(i.name).value())) for i in ember.linears()}
+    mixed = ember.with_weights(quantized)
+    shapes = {name: tuple(ember.resolve(name).shape) for name in ember.weights}
+    write_graph(candidate.build(mixed.config, mixed.architecture, shapes), mixed, tmp_path, Style())
+    expected = transformers_outputs(mixed, EXAMPLES / "ember", IDS)["logits"]
+    assert relative_l2(in_onnx_runtime(tmp_path, IDS, want="decode")["logits"], expected) <= 1e-5
 
 
 def test_portable_graphs_use_standard_operators_only(ember: Checkpoint, build: Build) -> None:
