@@ -178,11 +178,15 @@ tightship.build({source!r}, output=sys.argv[1], recipe=recipe, work=sys.argv[2],
 """
 
 
-def test_the_same_bytes_whatever_the_directory_hash_seed_and_threads(tmp_path: Path) -> None:
-    recipe = {
-        "passes": [PRUNE],
-        "targets": [{"to": "gguf", "scheme": "q4_0"}, {"to": "safetensors", "scheme": "w4a16"}, {"to": "safetensors"}],
-    }
+CONTAINERS = [
+    [{"to": "gguf", "scheme": "q4_0"}, {"to": "safetensors", "scheme": "w4a16"}, {"to": "safetensors"}],
+    pytest.param([{"to": "onnx", "scheme": "int4"}, {"to": "onnx"}], marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("targets", CONTAINERS)
+def test_the_same_bytes_whatever_the_directory_hash_seed_and_threads(tmp_path: Path, targets: list[Any]) -> None:
+    recipe = {"passes": [PRUNE], "targets": targets}
     found = []
     for number, (seed, threads) in enumerate((("0", "1"), ("4321", "2"))):
         place = tmp_path / f"place-{number}" / ("x" * number * 9)
