@@ -45,6 +45,18 @@ FAMILIES = {
     "opt": ("OPTForCausalLM", {**SIZES, "ffn_dim": 96, "word_embed_proj_dim": 64}),
     "falcon": ("FalconForCausalLM", {**SIZES, "new_decoder_architecture": True, "num_kv_heads": 2}),
 }
+STRINGS = Path(__file__).parent / "data" / "tokenizer_strings.txt"
+QWEN = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +98,36 @@ def tiny(tiny_directory: Callable[[str], Path]) -> Callable[[str], Checkpoint]:
         return Checkpoint(family, config, weights, {}, architecture, Source(family, None, ()))
 
     return open_tiny
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2 whose every parameter counts, as a directory; all matrices of the blocks are 64 x 64."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("qwen")
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**QWEN))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1 if "norm" in name else 0, 0.2)
+    model.save_pretrained(folder)
+    ours = Tokenizer(models.BPE())
+    ours.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ours.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    ours.train_from_iterator([json.loads(line) for line in STRINGS.read_text("utf-8").splitlines()], trainer)
+    ours.save(str(folder / "tokenizer.json"))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return folder
 
 
 @pytest.fixture(params=list(FAMILIES))

@@ -13,7 +13,6 @@ import tightship
 from tightship.cli import main
 from tightship.errors import GateFailed
 from tightship.exporters.to_gguf import GgufExporter
-from tightship.target import sorted_files
 
 EMBER = Path(__file__).resolve().parents[2] / "examples" / "ember"
 
@@ -61,25 +60,3 @@ def test_a_budget_that_is_not_kept(tmp_path: Path) -> None:
     with pytest.raises(GateFailed, match="loss/kl_mean"):
         tightship.build(EMBER, output=tmp_path / "out", recipe=recipe, work=tmp_path / "work")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_three_containers_hold_the_same_integers(tmp_path: Path) -> None:
-    built = tightship.build(
-        EMBER, output=tmp_path / "out", quantize="int4", to=["gguf", "onnx", "safetensors"], work=tmp_path / "work"
-    )
-    digests = {c["extra"]["sha256"] for c in checks(built.report, metric="integers")}
-    assert len(digests) == 1
-    assert {c["runtime"] for c in checks(built.report, kind="runtime")} == {
-        "llama.cpp",
-        "onnxruntime",
-        "onnxruntime-genai",
-        "transformers",
-    }
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert {t["weights"] for t in manifest["targets"]} == {"gguf"}
-    listed = {entry["path"] for entry in manifest["files"]} | {"manifest.json", "report.json", "report.md"}
-    assert set(sorted_files(tmp_path / "out")) == listed
-    verified = tightship.verify(tmp_path / "out", against=EMBER, work=tmp_path / "work")
-    assert verified.report is not None
-    assert verified.report["verdict"] == "pass"

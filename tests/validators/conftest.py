@@ -1,8 +1,7 @@
-"""Tiny Qwen2 (biases, square matrices) with a trained tokenizer, its artifacts, and where each tensor lies in them."""
+"""Artifacts of the tiny Qwen2, and where each tensor lies in them."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,49 +19,6 @@ from tightship.formats.safetensors_file import read_header
 from tightship.opening import open_checkpoint
 from tightship.target import Exported, Target, TargetPlan, no_progress
 from tightship.weights import Quantized
-
-STRINGS = Path(__file__).parents[1] / "data" / "tokenizer_strings.txt"
-CONFIG = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-
-
-@pytest.fixture(scope="session")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen2 whose every parameter counts, as a directory; all matrices of the blocks are 64 x 64."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    folder = tmp_path_factory.mktemp("qwen")
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**CONFIG))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1 if "norm" in name else 0, 0.2)
-    model.save_pretrained(folder)
-    ours = Tokenizer(models.BPE())
-    ours.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    ours.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    ours.train_from_iterator([json.loads(line) for line in STRINGS.read_text("utf-8").splitlines()], trainer)
-    ours.save(str(folder / "tokenizer.json"))
-    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names))
-    return folder
 
 
 @pytest.fixture(scope="session")
