@@ -18,7 +18,7 @@ ALLOWED = {
 # The pipeline and the skins around it know the rooms; they import them late, inside functions.
 KNOWS_THE_ROOMS = {
     "pipeline",
-    "plan",
+    "planning",
     "api",
     "cli",
     "opening",
