@@ -18,7 +18,7 @@ from tightship.passes.masks import finite
 from tightship.passes.quantize import Matrix, Quantize, Solver
 from tightship.weights import Quantized
 
-_CHUNK = 1 << 20  # elements of a run of rows; a search holds about ten float32 arrays of that size
+_CHUNK = 1 << 19  # elements of a run of rows; a search holds about ten float32 arrays of that size
 
 
 class RoundToNearest(Solver):

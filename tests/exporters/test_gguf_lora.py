@@ -108,7 +108,9 @@ def save_adapter(folder: Path, shapes: dict[str, tuple[int, int]], rank: int = 4
         for m, (rows, cols) in shapes.items()
     }
     folder.mkdir()
-    tensors = {f"base_model.model.{m}.lora_{side}.weight": w for m, p in pairs.items() for side, w in zip("AB", p)}
+    tensors = {
+        f"base_model.model.{m}.lora_{side}.weight": w for m, p in pairs.items() for side, w in zip("AB", p, strict=True)
+    }
     save_file(tensors, folder / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 10, "bias": "none", **config}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
@@ -175,8 +177,8 @@ def test_what_the_file_says(base: Path, tmp_path: Path) -> None:
         ({}, {"model.layers.0.mlp.up_proj": (96, 32)}, Malformed, "make a matrix"),
     ],
 )
-def test_what_is_refused(
-    base: Path, tmp_path: Path, config: dict[str, Any], shapes: dict[str, tuple[int, int]], error: Any, message: str
+def test_what_is_refused(  # noqa: PLR0917 - one argument a column
+    base: Path, tmp_path: Path, config: dict[str, Any], shapes: Any, error: Any, message: str
 ) -> None:
     save_adapter(tmp_path / "peft", shapes or {"model.layers.0.mlp.up_proj": (96, 64)}, **config)
     with pytest.raises(error, match=message):
