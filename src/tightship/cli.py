@@ -115,7 +115,7 @@ def build_options(command: Command) -> Command:
         click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where calibrated passes run."),
         click.option("--max-memory", metavar="SIZE", help="Memory for the proof, such as 8GiB."),
         click.option("--work", type=click.Path(path_type=Path), help="Work directory; default: the XDG cache."),
-        click.option("--keep-stages", is_flag=True, help="Keep intermediate stages after success."),
+        click.option("--keep-stages", is_flag=True, help="Pin this build's stages against `store gc`."),
         click.option("--force", is_flag=True, help="Replace an existing output."),
         click.option("--allow-order", is_flag=True, help="Let a pass undo what an earlier one made."),
         click.option(
