@@ -81,7 +81,8 @@ class Emitter:
         cast = self._node("Cast", [found], {"to": _FLOAT})
         self.graph.insert_after(node, cast)
         cast.outputs[0].type, cast.outputs[0].shape = found.type, found.shape
-        found.type = node.inputs[0].type
+        table = node.inputs[0]
+        found.type = table.type if table is not None else None
         for reader, index in readers:
             reader.replace_input_with(index, cast.outputs[0])
 

@@ -150,7 +150,7 @@ def _bytes_of(item: Initializer) -> memoryview:
     array = np.ascontiguousarray(item.read())
     if array.nbytes != item.nbytes:
         raise Malformed(f"{array.nbytes} bytes of data where {item.nbytes} were announced", tensor=item.name)
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _announce(model: onnx.ModelProto, item: Initializer, offset: int | None, location: str) -> None:

@@ -93,7 +93,7 @@ def _parameters_on_meta() -> Iterator[None]:
         if parameter is not None and not parameter.is_meta:  # one that is shared must stay the same object
             self._parameters[name] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+    torch.nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -122,6 +122,8 @@ def _export(module: Any, architecture: Architecture) -> ir.Model:
             output_names=outputs,
             dynamic_shapes=axes,
         )
+    if program is None:
+        raise Unsupported("torch.onnx gave no program")
     return program.model
 
 

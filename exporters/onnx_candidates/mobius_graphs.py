@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tightship.architecture import Architecture
 from tightship.errors import Unsupported
-from tightship.exporters.onnx_candidates.graph_edits import inline_functions, lower_opset, name_contract
+from tightship.exporters.onnx_candidates.graph_edits import inline_functions, lower_opset, name_contract, quiet
 from tightship.exporters.onnx_candidates.skeleton import Feed, Skeleton
 from tightship.exporters.onnx_candidates.tensor_views import meta_tensors, view_of
 
@@ -69,7 +69,8 @@ def _build(config: Mapping[str, Any]) -> tuple[Any, Any]:
     with tempfile.TemporaryDirectory() as folder:
         kept = {k: v for k, v in config.items() if k not in _CONFIG_KEYS_LEFT_OUT}
         (Path(folder) / "config.json").write_text(json.dumps(kept))
-        package = mobius.build(folder, module_class=construct, dtype="f32", load_weights=False)
+        with quiet("mobius", "onnx_ir", "onnxscript"):
+            package = mobius.build(folder, module_class=construct, dtype="f32", load_weights=False)
     return package, made[-1]
 
 

@@ -60,6 +60,7 @@ class Network:
         self._nodes: list[ir.Node] = []
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
+        self._cache: dict[int, tuple[Any, ...]] = {}
         self._present: list[tuple[str, ir.Value, tuple[Any, ...]]] = []
 
     # What the model is
@@ -109,7 +110,8 @@ class Network:
 
         table = self._fed(self._name(None, role, "weight"))
         found = self.op("Gather", table, indices, axis=0)
-        found.shape = ir.Shape([*(indices.shape or (SEQUENCE,)), table.shape[-1]])
+        width = self.shapes[self._name(None, role, "weight")][1]
+        found.shape, found.type = ir.Shape([*(indices.shape or (SEQUENCE,)), width]), table.type
         return found
 
     def linear(
@@ -160,13 +162,14 @@ class Network:
     def past(self, block: int, heads: int, size: int) -> tuple[ir.Value, ir.Value]:
         """The cache of a block as it comes in."""
         axes = (BATCH, heads, PAST, size)
-        return tuple(self.input(f"past_key_values.{block}.{part}", axes, _FLOAT) for part in ("key", "value"))
+        key, value = (self.input(f"past_key_values.{block}.{part}", axes, _FLOAT) for part in ("key", "value"))
+        self._cache[block] = (BATCH, heads, TOTAL, size)
+        return key, value
 
     def keep(self, block: int, grown: Sequence[ir.Value]) -> None:
         """The cache of a block as it goes out."""
-        _, heads, _, size = self._values[f"past_key_values.{block}.key"].shape
-        axes = (BATCH, heads, TOTAL, size)
-        self._present += [(f"present.{block}.{p}", v, axes) for p, v in zip(("key", "value"), grown, strict=True)]
+        names = (f"present.{block}.key", f"present.{block}.value")
+        self._present += [(name, v, self._cache[block]) for name, v in zip(names, grown, strict=True)]
 
     def present(self) -> None:
         """Make the grown cache an output."""
@@ -200,11 +203,12 @@ class Network:
         node.name = f"{kind}_{len(self._nodes)}"
         for index, value in enumerate(node.outputs):
             value.name = node.name if not index else f"{node.name}.{index}"
-        first = inputs[0].shape
-        if first is not None and kind in _ALIKE:
-            node.outputs[0].shape = ir.Shape(first)
-        elif first is not None and kind == "MatMul":
-            node.outputs[0].shape = ir.Shape([*first[:-1], inputs[1].shape[-1]])
+        first = inputs[0]
+        if first.shape is not None and (kind in _ALIKE or kind == "MatMul"):
+            axes: list[Any] = list(first.shape)
+            if kind == "MatMul":
+                axes[-1] = inputs[1].shape[-1] if inputs[1].shape is not None else None
+            node.outputs[0].shape, node.outputs[0].type = ir.Shape(axes), first.type
         self._nodes.append(node)
         return node.outputs
 

@@ -75,7 +75,7 @@ class NBits:
 
     def shapes(self, rows: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """dtype and shape of each operand for a matrix of `rows` rows."""
-        found = {
+        found: dict[str, tuple[np.dtype, tuple[int, ...]]] = {
             "B": (np.dtype(np.uint8), (rows, self.blocks, self.block * self.bits // 8)),
             "scales": (np.dtype(np.float32), (rows, self.blocks)),
         }

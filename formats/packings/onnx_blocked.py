@@ -58,7 +58,7 @@ class Blocked:
     def shapes(self, rows: int) -> dict[str, tuple[int, tuple[int, ...]]]:
         """TensorProto type and shape of each operand for a matrix of `rows` rows."""
         turn = (lambda a, b: (a, b)) if self.table else (lambda a, b: (b, a))
-        found = {
+        found: dict[str, tuple[int, tuple[int, ...]]] = {
             "codes": (self.code_type, turn(rows, self.nbits.cols)),
             "scales": (FLOAT, turn(rows, self.nbits.blocks)),
         }

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Arrays = dict[str, np.ndarray]
 FLOAT32_LEVEL = 0
 OUTPUTS = ("logits", "last_hidden_state", "start_logits", "end_logits")
-_TYPES = {
+_TYPES: dict[str, np.dtype] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
     "tensor(int64)": np.dtype(np.int64),
@@ -74,7 +74,7 @@ def open_session(path: Path, mode: str, threads: int = 1) -> ort.InferenceSessio
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what goes wrong is raised; the log would say it a second time
     source: str | bytes = str(path)
     if mode == "graph":
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
