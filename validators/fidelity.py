@@ -111,7 +111,7 @@ def judged(run: Run, figures: Mapping[str, Any], target: str, storage: str, vers
 
 
 def figure_with_its_gelu(reference: Outputs, outputs: Outputs, windows: TextWindows, target: str) -> Check:
-    """llama.cpp against a reference with llama.cpp's GELU: shown beside the judged figure, never judged.
+    """llama.cpp against a reference with llama.cpp's GELU, at the middle position: shown, never judged.
 
     The table is read at float16 inputs, so an input on the other side of a rounding step jumps by half a unit, at some
     positions and by chance; hence the median over positions.
@@ -119,6 +119,13 @@ def figure_with_its_gelu(reference: Outputs, outputs: Outputs, windows: TextWind
     value = _median_distance(reference, outputs, windows)
     metric = "rel_l2_median_with_its_gelu"
     return judge(target=target, runtime="llama.cpp", kind="graph", metric=metric, value=value)
+
+
+def figure_with_true_gelu(figures: Mapping[str, Any], target: str) -> Check:
+    """llama.cpp against transformers as it is: how much the table costs. Grows with depth, so it is never judged."""
+    return judge(
+        target=target, runtime="llama.cpp", kind="graph", metric="rel_l2_with_true_gelu", value=figures["rel_l2"]
+    )
 
 
 def _median_distance(reference: Outputs, outputs: Outputs, windows: TextWindows) -> float:

@@ -139,7 +139,7 @@ def _target(target: Json) -> list[str]:
     said = ", ".join(f"{n} {word}" for word, n in counts.items() if n)
     lines = [
         f"## `{target['id']}`",
-        f"{said}." + (f" Graph: {target['graph_source']}." if target["graph_source"] else ""),
+        f"{said}." + (f" Graph: {target['graph_source']}." if target["graph_source"] else "") + _text(target),
     ]
     for kind, question in _QUESTIONS.items():
         checks = [c for c in target["checks"] if c["kind"] == kind]
@@ -150,6 +150,13 @@ def _target(target: Json) -> list[str]:
             table = _table(["runtime", "metric", "value", "needs", "verdict"], rows, right={2})
             lines += [f"**{kind}**: {question}", table]
     return lines
+
+
+def _text(target: Json) -> str:
+    """What outputs were compared on."""
+    notes = (c["extra"]["text"] for c in target["checks"] if c["runtime"] == "torch" and "text" in c.get("extra", {}))
+    note = next(notes, None)
+    return f" Outputs were compared on {note}." if note else ""
 
 
 def _metric(check: Json) -> str:

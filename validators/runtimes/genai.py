@@ -49,7 +49,7 @@ def run(job: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[dict[str, A
 
 def logits(model: og.Model, prompt: np.ndarray, decode: int) -> np.ndarray:
     """(1, s, vocab) float32 for a prompt (s,) int32; the last `decode` positions come from single-token steps."""
-    generator = _generator(model, len(prompt) + 1)
+    generator = _generator(model, len(prompt))
     split = max(len(prompt) - decode, 1)
     parts = []
     for start, stop in [(0, split), *((i, i + 1) for i in range(split, len(prompt)))]:

