@@ -18,6 +18,7 @@ from tightship.errors import Malformed, Unsupported
 from tightship.layout import Arrays, Layout
 
 Shape = tuple[int, ...]
+_RUN = 1 << 20  # elements that are decoded at a time
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,14 @@ class Quantized:
         return sum(spec.nbytes for spec in self.layout.array_specs(self.shape).values())
 
     def value(self) -> np.ndarray:
-        """float32 of the exact float64 values."""
-        return self.layout.values(self.read()).astype(np.float32)
+        """float32 of the exact float64 values, decoded in runs of rows."""
+        arrays = self.read()
+        decoded = np.empty(self.shape, np.float32)
+        step = max(1, _RUN // max(self.shape[1], 1))
+        for first in range(0, self.shape[0], step):
+            rows = slice(first, first + step)
+            decoded[rows] = self.layout.values({key: array[rows] for key, array in arrays.items()})
+        return decoded
 
     def take_rows(self, rows: np.ndarray | Sequence[int]) -> Quantized:
         """The given rows in the given order (RoPE permutation, pruned heads): every array is row-wise."""
