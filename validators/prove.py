@@ -236,6 +236,9 @@ class _Proof:
             return
         run, outputs = found
         checks = loss_checks(references.outputs, outputs, windows, gates, self.target, run.runtime)
+        _, decoded = self.ran.get(f"{DECODED.runtime}/{DECODED.kind}", (DECODED, {}))
+        if "logits" not in outputs and "logits" in decoded:  # llama.cpp gives hidden states of masked language models
+            checks += loss_checks(references.outputs, decoded, windows, gates, self.target, DECODED.runtime)
         checks += self._task(run)
         self.checks += [*checks, *unjudged(checks, gates, windows, self.target)]
 

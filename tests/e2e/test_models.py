@@ -40,6 +40,18 @@ def test_a_masked_language_model_in_all_three(build_command: Callable[..., Any],
 
 
 @pytest.mark.slow
+def test_a_budget_for_the_words_of_a_masked_language_model(build_command: Callable[..., Any], tmp_path: Path) -> None:
+    """llama.cpp gives its hidden states alone; the words are judged through the stored weights in ONNX Runtime."""
+    recipe = {"targets": [{"to": "gguf", "scheme": "q8_0"}], "gates": {"kl_mean": 0.05, "top1": 0.9}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    done = build_command(BERT, "--recipe", str(tmp_path / "recipe.yaml"))
+    assert done.code == 0, done.body
+    for metric in recipe["gates"]:
+        check = done.checks[f"gguf-q8_0/onnxruntime/loss/{metric}"]
+        assert (check["threshold_source"], check["verdict"]) == ("recipe", "pass")
+
+
+@pytest.mark.slow
 def test_an_encoder_without_a_tokenizer_is_proven_on_random_ids(
     tiny_directory: Callable[[str], Path], build_command: Callable[..., Any]
 ) -> None:
