@@ -45,8 +45,8 @@ PRUNERS: list[dict[str, Any]] = [
     {"method": "wanda"},
     {"method": "sparsegpt"},
     {"method": "sparsegpt", "schedule": "owl"},
-    {"method": "sparsegpt", "schedule": "log-kmeans", "score": "absolute"},
-    {"method": "sparsegpt", "schedule": "log-kmeans"},
+    {"method": "sparsegpt", "schedule": "log-kmeans", "score": "absolute", "spread": 0.06},
+    {"method": "sparsegpt", "schedule": "log-kmeans", "spread": 0.06},
     {"method": "sparsegpt", "schedule": "log-kmeans", "spread": 0.1},
     {"method": "sparsegpt", "schedule": "water-fill"},
 ]

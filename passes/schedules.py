@@ -27,7 +27,7 @@ import numpy as np
 
 SCHEDULES = ("uniform", "log-kmeans", "owl", "water-fill")
 CLUSTERS = 4
-SPREAD = {"log-kmeans": 0.06, "owl": 0.08, "water-fill": 0.1}
+SPREAD = {"log-kmeans": 0.1, "owl": 0.08, "water-fill": 0.1}
 FLOOR, CEILING = 0.0, 0.99
 _TINY = 1e-30
 
