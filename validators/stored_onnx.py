@@ -94,6 +94,8 @@ class OnnxStored:
         arrays = {key: self.graph.array(tensor) for key, tensor in operands.items()}
         if "codes" not in arrays:
             arrays = self._unpacked(operands["B"].name, arrays)
+        elif arrays["scales"].ndim == 1:  # one for each row of the weight, which is a column of the turned codes
+            arrays = {"codes": arrays["codes"].T} | {k: a[:, None] for k, a in arrays.items() if k != "codes"}
         elif self.graph.turned(operands["codes"].name):
             arrays = {key: array.T for key, array in arrays.items()}
         block = -(-arrays["codes"].shape[1] // arrays["scales"].shape[1])
