@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tightship.errors import Unsupported
-from tightship.exporters.onnx_storage import Style, dense_initializer, operand_initializers
+from tightship.exporters.onnx_storage import Style, by_channel, dense_initializer, operand_initializers
 from tightship.exporters.onnx_units import Unit, Use
 from tightship.formats.onnx_writer import Initializer
 from tightship.formats.packings import matmul_nbits
@@ -107,6 +107,9 @@ class Emitter:
         self, x: ir.Value, name: str, weight: Quantized, nodes: list[ir.Node], *, table: bool
     ) -> ir.Value:
         operands = self._operands(name, weight, table=table)
+        if by_channel(weight, self.style) and not table:
+            dense = self._append(nodes, "DequantizeLinear", list(operands.values()), {"axis": 1})
+            return self._append(nodes, "MatMul", [self._rounded(x), dense])
         offsets = operands.pop("offsets", None)
         spec = nbits_of(weight)
         if self.style.portable:
@@ -124,6 +127,17 @@ class Emitter:
         if offsets is None:
             return product
         return self._append(nodes, "Add", [product, self._minimum(x, offsets, spec, nodes)])
+
+    def _rounded(self, x: ir.Value) -> ir.Value:
+        """x through 8 bits and back, once for all its readers; runtimes fuse this into their integer kernels."""
+        key = f"{x.name}.rounded"
+        producer = x.producer()
+        if key not in self._values and producer is not None:
+            codes = self._node("DynamicQuantizeLinear", [x], outputs=3)
+            back = self._node("DequantizeLinear", codes.outputs)
+            self.graph.insert_after(producer, [codes, back])
+            self._values[key] = back.outputs[0]
+        return self._values[key]
 
     def _minimum(self, x: ir.Value, offsets: ir.Value, spec: NBits, nodes: list[ir.Node]) -> ir.Value:
         """block_sums(x) @ offsets: what a minimum per block adds, without float zero points."""
@@ -206,17 +220,25 @@ class Emitter:
         attributes: Mapping[str, Any] | None = None,
         domain: str = "",
     ) -> ir.Value:
-        nodes.append(self._node(op, inputs, attributes, domain))
+        nodes.append(self._node(op, inputs, attributes, domain=domain))
         return nodes[-1].outputs[0]
 
     def _node(
-        self, op: str, inputs: Sequence[ir.Value], attributes: Mapping[str, Any] | None = None, domain: str = ""
+        self,
+        op: str,
+        inputs: Sequence[ir.Value],
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        domain: str = "",
+        outputs: int = 1,
     ) -> ir.Node:
         import onnx_ir as ir
 
-        node = ir.node(op, list(inputs), dict(attributes or {}), domain=domain)
+        node = ir.node(op, list(inputs), dict(attributes or {}), domain=domain, num_outputs=outputs)
         self._counter += 1
-        node.name = node.outputs[0].name = f"weights.{op}_{self._counter}"
+        node.name = f"weights.{op}_{self._counter}"
+        for index, value in enumerate(node.outputs):
+            value.name = f"{node.name}.{index}" if index else node.name
         if domain:
             self.graph.opset_imports.setdefault(domain, 1)
         return node

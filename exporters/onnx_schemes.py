@@ -5,7 +5,11 @@
 | (none)               | as the passes left them             | as the source has it |
 | fp32, fp16, bf16     | that type, computed in float32      | that type            |
 | int4, int8, int2     | affine integers, symmetric          | as the source has it |
+| int8-dynamic         | int8, one scale a row               | as the source has it |
 | any with `-portable` | the same, standard operators only   |                      |
+
+`int8-dynamic` rounds activations to 8 bits in front of each matrix, by the range they have at that moment: the fastest
+form for long prompts. It has standard operators only in any case.
 
 Options: `profile: portable`, `layout` (another affine layout for the integers), `include: [embeddings, head]`,
 `accuracy_level` (of MatMulNBits as shipped; 4, the default, quantizes activations to int8, 0 and 1 do not).
@@ -26,7 +30,8 @@ from tightship.weights import Alias
 
 FLOATS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 INTEGERS = ("int4", "int8", "int2")
-LATER = ("int8-dynamic", "int8-static")
+DYNAMIC = "int8-dynamic"
+LATER = ("int8-static",)
 OPTIONS = ("profile", "layout", "include", "accuracy_level")
 PORTABLE = "-portable"
 _INCLUDABLE = {"embeddings": "embedding", "head": "head"}
@@ -40,7 +45,8 @@ def style_of(target: Target) -> Style:
     """
     options = _options(target)
     portable = options.get("profile") == "portable" or (target.scheme or "").endswith(PORTABLE)
-    return Style(portable, int(options.get("accuracy_level", 4)))
+    dynamic = (target.scheme or "").startswith(DYNAMIC)
+    return Style(portable, int(options.get("accuracy_level", 4)), dynamic)
 
 
 def layouts_of(checkpoint: Checkpoint, target: Target) -> dict[str, Layout | str]:
@@ -55,12 +61,12 @@ def layouts_of(checkpoint: Checkpoint, target: Target) -> dict[str, Layout | str
         return {}
     scheme = target.scheme.removesuffix(PORTABLE)
     if scheme in LATER:
-        raise Unsupported(f"onnx:{target.scheme} is not made yet", hint="use int8, which keeps activations in float")
+        raise Unsupported(f"onnx:{target.scheme} is not made yet", hint="use int8-dynamic")
     stored = {name: w for name, w in checkpoint.weights.items() if not isinstance(w, Alias)}
     if scheme in FLOATS:
         return dict.fromkeys(stored, FLOATS[scheme])
-    if scheme not in INTEGERS:
-        known = (*FLOATS, *INTEGERS)
+    if scheme not in (*INTEGERS, DYNAMIC):
+        known = (*FLOATS, *INTEGERS, DYNAMIC)
         raise UsageError(
             f"onnx has no scheme {target.scheme!r}", hint=f"known: {', '.join(known)}, each also with {PORTABLE}"
         )
@@ -73,6 +79,8 @@ def _layout(scheme: str, options: Mapping[str, Any], cols: int) -> Layout:
     """Groups of 32; of 16, or one a row, where rows are no multiple of that."""
     if "layout" in options:
         return parse_layout(str(options["layout"]))
+    if scheme == DYNAMIC:
+        return parse_layout("int8-channel")
     group = next((f"g{size}" for size in (32, 16) if cols % size == 0), "channel")
     return parse_layout(f"{scheme}-{group}")
 

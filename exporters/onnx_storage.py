@@ -42,10 +42,12 @@ class Style:
     Attributes:
         portable: standard operators only.
         accuracy_level: of MatMulNBits as shipped: 0 or 1 compute in f32, 4 with int8 activations.
+        dynamic: activations are rounded to 8 bits in front of each matrix that has one scale a row.
     """
 
     portable: bool = False
     accuracy_level: int = 4
+    dynamic: bool = False
 
 
 def storage(weight: Stored, style: Style, *, table: bool = False) -> Exact | Refused:
@@ -66,8 +68,18 @@ def storage(weight: Stored, style: Style, *, table: bool = False) -> Exact | Ref
     return Exact(word, sum(a.nbytes for a in answers))
 
 
+def by_channel(weight: Quantized, style: Style) -> bool:
+    """Whether a matrix goes to the integer kernel: symmetric 8 bits, one scale a row, dynamic activations."""
+    layout = weight.layout
+    fits = layout.kind == "affine" and layout.bits == 8 and layout.symmetric  # type: ignore[attr-defined]
+    return style.dynamic and fits and layout.block == 0
+
+
 def _quantized_storage(weight: Quantized, style: Style, *, table: bool) -> Exact | Refused:
     rows, cols = weight.shape
+    if by_channel(weight, style) and not table:
+        shapes = onnx_blocked.channel_shapes(rows, cols).values()
+        return Exact("DequantizeLinear INT8, by channel", sum(_packed_bytes(*entry) for entry in shapes))
     found = matmul_nbits.nbits_for(weight.layout, cols)
     if isinstance(found, Refused):
         return found
@@ -120,7 +132,10 @@ def operand_initializers(name: str, weight: Quantized, style: Style, *, table: b
     answer = storage(weight, style, table=table)
     if isinstance(answer, Refused):
         raise Unsupported(f"ONNX cannot store this: {answer.reason}", tensor=name, hint=", ".join(answer.nearest))
-    rows = weight.shape[0]
+    rows, cols = weight.shape
+    if by_channel(weight, style) and not table:
+        shapes = onnx_blocked.channel_shapes(rows, cols)
+        return _packed_once(name, shapes, lambda: onnx_blocked.pack_channels(weight.read()))
     spec = _nbits(weight, table=table)
     if style.portable:
         blocked = onnx_blocked.Blocked(spec, table)
@@ -129,6 +144,10 @@ def operand_initializers(name: str, weight: Quantized, style: Style, *, table: b
         )
     kinds = {key: (of_numpy(dtype), shape) for key, (dtype, shape) in spec.shapes(rows).items()}
     return _packed_once(name, kinds, lambda: matmul_nbits.pack(weight.layout, weight.read(), spec))
+
+
+def _packed_bytes(kind: int, shape: tuple[int, ...]) -> int:
+    return packed_nbytes(shape, onnx_blocked.BITS[kind])
 
 
 def _nbits(weight: Quantized, *, table: bool) -> NBits:

@@ -9,6 +9,8 @@ Right operand of a MatMul, weight (N, K) = (out, in) turned to (K, N), axis 0:
 | zero_points | INT4 / INT8             | (blocks, N)      | absent means 0                                       |
 | offsets     | FLOAT                   | (blocks, N)      | not an operand: the minima of layouts that have them |
 
+One scale a row and 8 bits, as integer kernels want it: codes INT8 (K, N), scales FLOAT (N), axis 1, no `block_size`.
+
 With a free minimum the codes are UINT4 / UINT8 and the zero point is 0. Table of a lookup (rows, cols), last axis:
 
 | operand     | type   | shape          | meaning                                                               |
@@ -71,6 +73,17 @@ class Blocked:
     def nbytes(self, rows: int) -> int:
         """Bytes of all operands."""
         return sum(-(-math.prod(shape) * BITS[kind] // 8) for kind, shape in self.shapes(rows).values())
+
+
+def channel_shapes(rows: int, cols: int) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """TensorProto type and shape of the operands of a symmetric 8-bit matrix with one scale a row: axis 1."""
+    return {"codes": (INT8, (cols, rows)), "scales": (FLOAT, (rows,))}
+
+
+def pack_channels(arrays: Mapping[str, np.ndarray]) -> Arrays:
+    """Those operands: codes turned to (K, N), scales (N)."""
+    codes = np.ascontiguousarray(arrays["codes"].T)
+    return {"codes": codes, "scales": arrays["scale"][:, 0].astype(np.float32)}
 
 
 def pack(layout: Layout, arrays: Mapping[str, np.ndarray], spec: Blocked) -> Arrays:

@@ -4,7 +4,7 @@ Job: `artifact` (directory), `main` (file name), `mode`, `threads`, `want`:
 
 | mode    | session                                                                                                  |
 |---------|----------------------------------------------------------------------------------------------------------|
-| graph   | every optimisation off, MatMulNBits at accuracy level 0 (float32 accumulation, float activations)         |
+| graph   | every optimisation off, MatMulNBits at accuracy level 0 (float32 accumulation), activations never rounded |
 | shipped | the defaults of ONNX Runtime, attributes as stored                                                       |
 
 | want    | computed                                                                                                 |
@@ -85,10 +85,18 @@ def open_session(path: Path, mode: str, threads: int = 1) -> ort.InferenceSessio
 
 
 def in_float32(path: Path) -> bytes:
-    """The graph, its weights left outside, with every MatMulNBits told to keep its activations in float32."""
+    """The graph, its weights left outside, with activations in float32.
+
+    MatMulNBits is told so by its attribute; what comes back from DynamicQuantizeLinear is replaced by what went in.
+    """
     import onnx
 
     model = onnx.load(path, load_external_data=False)
+    rounded = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DynamicQuantizeLinear"}
+    plain = {n.output[0]: rounded[n.input[0]] for n in model.graph.node if n.input and n.input[0] in rounded}
+    for node in model.graph.node:
+        if node.op_type != "DequantizeLinear":
+            node.input[:] = [plain.get(name, name) for name in node.input]
     for node in model.graph.node:
         if node.op_type == "MatMulNBits":
             kept = [a for a in node.attribute if a.name != "accuracy_level"]
