@@ -83,7 +83,7 @@ class ParityJudge:
 
     def _judged(self, candidate: Candidate, small: Checkpoint, expected: list[Reference]) -> Judgement:
         """The verdict, remembered or found out; `expected` is filled when it is first needed."""
-        versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+        versions = {name: _version(name) for name in _PACKAGES}
         shapes = {name: list(w.shape) for name, w in small.weights.items() if hasattr(w, "shape")}
         key = digest_json(
             [candidate.source, candidate.rewrites, dict(small.config), small.architecture.task, shapes, versions]
@@ -230,6 +230,13 @@ def without(small: Checkpoint, name: str) -> Checkpoint:
     scale = info.rule.kind == "norm" and not name.endswith("bias") and info.rule.transform != "plus_one"
     shape = tuple(small.resolve(name).shape)
     return small.with_weights({name: Dense.of(np.full(shape, 1.0 if scale else 0.0, np.float32))})
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
 
 
 def _first_line(error: Exception) -> str:

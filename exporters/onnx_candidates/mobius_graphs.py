@@ -32,7 +32,10 @@ class MobiusCandidate:
 
     @property
     def source(self) -> str:
-        return f"mobius-onnx {importlib.metadata.version('mobius-onnx')}"
+        try:
+            return f"mobius-onnx {importlib.metadata.version('mobius-onnx')}"
+        except importlib.metadata.PackageNotFoundError:
+            return "mobius-onnx (not installed)"
 
     def build(
         self, config: Mapping[str, Any], architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]
