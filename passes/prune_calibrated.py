@@ -81,9 +81,14 @@ def _facts(method: CalibratedPrune, spec: Prune, checkpoint: Checkpoint, run: Ru
         return {name: _layer(entry) for name, entry in json.loads(file.read_text()).items()}
     found = survey(method, spec, checkpoint, run)
     if file is not None:
-        write_file(file, json.dumps({n: {**asdict(f), "costs": list(f.costs)} for n, f in found.items()}))
+        write_file(file, json.dumps({name: _entry(facts) for name, facts in found.items()}))
         found = {name: _layer(entry) for name, entry in json.loads(file.read_text()).items()}
     return found
+
+
+def _entry(facts: Layer) -> dict[str, Any]:
+    """JSON form; floats survive it exactly."""
+    return {**asdict(facts), "costs": [] if facts.costs is None else facts.costs.tolist()}
 
 
 def _layer(entry: Mapping[str, Any]) -> Layer:

@@ -56,7 +56,8 @@ def test_reported_losses_are_those_of_the_outputs(ember: Checkpoint, solver: str
     figures: Figures = {}
     run = run_with(figures)
     windows = np.stack(calibration_windows(ember, run))
-    result = Quantize(solver=solver, layout="int3-asym").apply(ember, run)
+    options = {"actorder": False} if solver == "gptq" else {}
+    result = Quantize(solver=solver, layout="int3-asym", **options).apply(ember, run)
     for block in (0, 1):
         before = {i.name: result.weights[i.name] for i in ember.linears() if i.block < block}
         seen = inputs(ember.with_weights(before), windows)
@@ -73,7 +74,7 @@ def test_reported_losses_are_those_of_the_outputs(ember: Checkpoint, solver: str
             assert figures[info.name]["loss"] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("layout", ["int2-asym", "int4", "q4_k"])
+@pytest.mark.parametrize("layout", ["int2-asym", "q4_k"])
 def test_error_feedback_beats_rounding_on_every_matrix(ember: Checkpoint, layout: str) -> None:
     figures: Figures = {}
     Quantize(solver="gptq", layout=layout).apply(ember, run_with(figures))
@@ -105,7 +106,7 @@ def test_families_with_experts_turned_or_fused_matrices_can_be_solved(
 
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(ember: Checkpoint, tmp_path: Path) -> None:
-    spec = Quantize(solver="gptq", layout="int4", actorder=True)
+    spec = Quantize(solver="gptq", layout="int4", actorder=True, sweeps=0)
     straight = spec.apply(ember, run_with({}))
 
     def die(_what: str, done: int, _total: int) -> None:
@@ -154,7 +155,7 @@ def test_factors_are_solved_one_after_the_other(ember: Checkpoint) -> None:
 
 def test_what_lies_outside_the_blocks_is_rounded_and_reported(ember: Checkpoint) -> None:
     figures: Figures = {}
-    spec = Quantize(solver="gptq", layout="int4", include=("embeddings",))
+    spec = Quantize(solver="importance", layout="int4", include=("embeddings",))
     result = spec.apply(ember, run_with(figures))
     name = "model.embed_tokens.weight"
     assert figures[name]["solver"] == "rtn"
@@ -185,7 +186,7 @@ def test_pruned_weights_stay_pruned(ember: Checkpoint) -> None:
         w[np.abs(w) < np.quantile(np.abs(w), 0.6)] = 0
         zeros[info.name] = Dense.of(w)
     pruned = ember.with_weights(zeros).replace(history=({"use": "prune", "makes": ["mask"]},))
-    result = Quantize(solver="gptq", layout="int4-asym", actorder=False).apply(pruned, run_with({}))
+    result = Quantize(solver="gptq", layout="int4-asym", actorder=False, sweeps=1).apply(pruned, run_with({}))
     for info in ember.linears():
         assert not result.weights[info.name].value()[zeros[info.name].value() == 0].any(), info.name
 
