@@ -26,6 +26,7 @@ from tightship.target import sorted_files
 
 RECIPE = {
     "passes": [
+        {"use": "drop-layers", "with": {"layers": [1]}},
         {"use": "prune", "with": {"sparsity": 0.5, "scope": "global"}},
         {"use": "quantize", "with": {"layout": "int4"}},
     ],
