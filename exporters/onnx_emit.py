@@ -45,11 +45,11 @@ class Emitter:
         for use in unit.uses:
             nodes: list[ir.Node] = []
             if use.is_linear and isinstance(unit.weight, Quantized):
-                self._quantized_product(use.node.inputs[0], unit.name, unit.weight, nodes, table=table)
+                self._quantized_product(_given(use.node, 0), unit.name, unit.weight, nodes, table=table)
             elif use.is_linear:
-                self._multiply(use.node.inputs[0], unit.name, unit.weight, nodes)
+                self._multiply(_given(use.node, 0), unit.name, unit.weight, nodes)
             elif use.is_lookup:
-                self._look_up(use.node.inputs[1], unit, nodes)
+                self._look_up(_given(use.node, 1), unit, nodes)
             else:
                 raise Unsupported(
                     f"a quantized or low-rank tensor is read by {use.node.op_type}, which takes floats only",
@@ -255,3 +255,11 @@ def nbits_of(weight: Quantized) -> NBits:
     if isinstance(spec, Refused):
         raise Unsupported(spec.reason, hint=", ".join(spec.nearest))
     return spec
+
+
+def _given(node: ir.Node, index: int) -> ir.Value:
+    """An input that the operator cannot do without."""
+    value = node.inputs[index]
+    if value is None:
+        raise Unsupported(f"a {node.op_type} of the graph has no input {index}")
+    return value

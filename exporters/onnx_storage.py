@@ -64,8 +64,9 @@ def storage(weight: Stored, style: Style, *, table: bool = False) -> Exact | Ref
     refusal = next((a for a in answers if isinstance(a, Refused)), None)
     if refusal:
         return refusal
-    word = (" @ " if isinstance(weight, Factored) else " + ").join(a.storage for a in answers)
-    return Exact(word, sum(a.nbytes for a in answers))
+    exact = [a for a in answers if isinstance(a, Exact)]
+    word = (" @ " if isinstance(weight, Factored) else " + ").join(a.storage for a in exact)
+    return Exact(word, sum(a.nbytes for a in exact))
 
 
 def by_channel(weight: Quantized, style: Style) -> bool:
@@ -120,7 +121,7 @@ def dense_initializer(name: str, weight: Dense, *, turned: bool) -> Initializer:
         data = weight.read().astype(stored.numpy, copy=False)
         return data.T if turned else data
 
-    return Initializer(name, stored.onnx, tuple(shape), math.prod(shape) * stored.itemsize, read)
+    return Initializer(name, stored.onnx or 0, tuple(shape), math.prod(shape) * stored.itemsize, read)
 
 
 def operand_initializers(name: str, weight: Quantized, style: Style, *, table: bool = False) -> dict[str, Initializer]:

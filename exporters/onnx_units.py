@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -85,8 +85,8 @@ def owner_of(checkpoint: Checkpoint, name: str) -> str:
     return owner_of(checkpoint, weight.owner) if isinstance(weight, Alias) else name
 
 
-def take(weight: Stored, rows: tuple[int, int] | None) -> Stored:
-    """A run of rows, exactly.
+def take(weight: Any, rows: tuple[int, int] | None) -> Any:
+    """A run of rows of a stored weight, exactly; a weight of the same kind.
 
     Raises:
         Unsupported: rows of a sum of matrices.

@@ -101,7 +101,10 @@ def reference_graph(checkpoint: Checkpoint, directory: Path, judge: Judge) -> Pa
 def cache_shape(skeleton: Skeleton) -> tuple[int, int] | None:
     """(heads, head size) of the first key cache, or None without a cache."""
     first = next((v for v in skeleton.model.graph.inputs if str(v.name).startswith("past_key_values.")), None)
-    return None if first is None else (int(first.shape[1]), int(first.shape[3]))
+    if first is None or first.shape is None:
+        return None
+    heads, size = first.shape[1], first.shape[3]
+    return (heads, size) if isinstance(heads, int) and isinstance(size, int) else None
 
 
 def write_companions(checkpoint: Checkpoint, directory: Path, heads: tuple[int, int] | None) -> None:

@@ -71,9 +71,7 @@ def read_examples(path: Path) -> list[Example]:
         raise Malformed(f"{path.name} holds no examples")
     for example in examples:
         if type(example) is not type(examples[0]):
-            raise Malformed(
-                f"{path.name}, line {example.line}: another kind of example than line {examples[0].line}"
-            )
+            raise Malformed(f"{path.name}, line {example.line}: another kind of example than line {examples[0].line}")
     return examples
 
 

@@ -75,8 +75,11 @@ class Candidate(Protocol):
         rewrites: what was changed in the library's graph.
     """
 
-    source: str
-    rewrites: tuple[str, ...]
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def rewrites(self) -> tuple[str, ...]: ...
 
     def build(
         self, config: Mapping[str, Any], architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]

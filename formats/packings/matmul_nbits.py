@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tightship.errors import Malformed
+from tightship.formats.layouts.affine import Affine
 from tightship.layout import AffineGrid, Arrays, Layout
 from tightship.target import Refused
 
@@ -92,7 +93,7 @@ class NBits:
 
 def nbits_for(layout: Layout, cols: int) -> NBits | Refused:
     """The container of a layout, or why there is none."""
-    if layout.kind == "affine":
+    if isinstance(layout, Affine):
         block = _block(layout.group_size, cols)
         if block is None:
             return Refused(f"groups of {layout.group_size} do not divide into blocks of 16", ("int4-g16", "int4-g32"))

@@ -184,7 +184,7 @@ class Quantize(Pass):
                 raise Unsupported(
                     f"layout {matrix.layout.name} has no exact zero in every block: it would undo the pruning",
                     tensor=name,
-                    hint="int4 and the other int layouts, q8_0 and q6_k keep zeros; a gguf target can be told sparse: steer",
+                    hint="int layouts, q8_0 and q6_k keep zeros; a gguf target can be told `sparse: steer`",
                 )
         self.method.check_all(self, checkpoint, matrices)
 
