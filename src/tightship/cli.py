@@ -9,6 +9,7 @@ import functools
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,11 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
         code = _fail(as_json, 4, {"code": "environment", "message": message, "tensor": None, "hint": None})
+    except Exception as error:  # a fault of ours: pipelines still get their one object, people the whole story
+        traceback.print_exc()
+        message = f"internal error: {type(error).__name__}: {error}"
+        hint = "please report it with the lines above; nothing was published"
+        code = _fail(as_json, 1, {"code": "internal", "message": message, "tensor": None, "hint": hint})
     if argv is None:
         sys.exit(code)
     return code

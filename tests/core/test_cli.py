@@ -46,6 +46,22 @@ def test_a_bad_flag_is_usage_and_one_json_object() -> None:
     assert body["error"]["code"] == "usage"
 
 
+def test_a_fault_of_ours_is_one_json_object_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tightship import inspection
+    from tightship.cli import main
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(inspection, "inspect", broken)
+    assert main(["inspect", str(EMBER), "--json"]) == 1
+    written = capsys.readouterr()
+    assert json.loads(written.out)["error"]["code"] == "internal"
+    assert "RuntimeError: a bug" in written.err
+
+
 def test_build_without_output_is_usage() -> None:
     done = run("build", str(EMBER), "--to", "gguf")
     assert done.returncode == 2
