@@ -18,10 +18,13 @@ from tightship.validators.text import TextWindows
 from tightship.validators.tolerances import tolerances
 
 NO_BUDGET = "no budget set"
-_LOGIT_MEASURES = ("kl_mean", "kl_p99", "kl_p999", "kl_max", "top1", "perplexity_ratio", "max_error", "rel_l2")
+_LOGIT_MEASURES = (
+    *("kl_mean", "kl_p99", "kl_p999", "kl_max", "top1", "perplexity_ratio"),
+    *("max_error", "mean_error", "rel_l2"),
+)
 _HIDDEN_MEASURES = ("cosine", "max_error", "rel_l2")
 _EXTRA = {
-    "kl_mean": ("kl_error", "kl_median", "positions"),
+    "kl_mean": ("kl_error", "kl_median", "positions", "kl_by_position"),
     "top1": ("top1_error", "near_ties"),
     "perplexity_ratio": ("perplexity_ratio_error", "perplexity_reference", "perplexity_candidate"),
     "cosine": ("cosine_min", "sentence_cosine_min", "positions"),
@@ -78,9 +81,25 @@ def loss_checks(  # noqa: PLR0917 - the order is that of the other checks: two s
         ]
     figures = metrics.figures()
     logits = isinstance(metrics, LogitMetrics)
+    if isinstance(metrics, LogitMetrics):
+        figures["kl_by_position"] = mean_by_position(metrics.kl, windows.scored)
     measures = [name for name in (_LOGIT_MEASURES if logits else _HIDDEN_MEASURES) if _judgeable(name, windows)]
     finite = judge(**place, metric="non_finite", value=metrics.non_finite, op="<=", threshold=0)
     return [finite, *(_check(name, figures, gates, windows, place) for name in measures)]
+
+
+def mean_by_position(values: np.ndarray, scored: np.ndarray) -> list[float]:
+    """Mean over windows at each position that was scored in any, five significant digits.
+
+    Args:
+        values: one number a scored position, window after window.
+        scored: (n, length) bool. Where the values are not of these positions (a classifier) there is no such mean.
+    """
+    if len(values) != int(scored.sum()):
+        return []
+    places = np.nonzero(scored)[1]
+    sums, counts = np.bincount(places, values), np.bincount(places)
+    return [float(f"{total / count:.5g}") for total, count in zip(sums, counts, strict=True) if count]
 
 
 def _judgeable(name: str, windows: TextWindows) -> bool:
@@ -90,7 +109,8 @@ def _judgeable(name: str, windows: TextWindows) -> bool:
 def _check(
     name: str, figures: Mapping[str, Any], gates: Gates, windows: TextWindows, place: Mapping[str, Any]
 ) -> Check:
-    extra = {key: figures[key] for key in _EXTRA.get(name, ())} | {"text": windows.origin}
+    known = (key for key in _EXTRA.get(name, ()) if key in figures)
+    extra = {key: figures[key] for key in known} | {"text": windows.origin}
     gate = gates.measures.get(name)
     bound: dict[str, Any] = {"op": "report"}
     if gate is not None:

@@ -6,6 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from tightship.validators.plots import positions_plot
+
 Json = Mapping[str, Any]
 
 _WORDS = {"pass": "pass", "fail": "**FAIL**", "not_run": "**not run**"}
@@ -23,6 +27,8 @@ _BAR = 24
 def render(report: Json) -> str:
     """Markdown of a report, ending in a newline."""
     parts = [_headline(report), *_failures(report), _targets(report), *_integers(report)]
+    if picture(report):
+        parts.append("![KL divergence by position](report.svg)")
     for target in report["targets"]:
         parts += _target(target)
     parts += [*_stages(report), *_environment(report)]
@@ -113,6 +119,18 @@ def _figures_of(target: Json) -> dict[str, str]:
         agreement,
     )
     return dict(zip(_COLUMNS, values, strict=True))
+
+
+def picture(report: Json) -> str | None:
+    """KL divergence by position, a line an artifact, as SVG; None where no artifact has logits."""
+    series = []
+    for target in report["targets"]:
+        for check in target["checks"]:
+            places = check.get("extra", {}).get("kl_by_position")
+            if places and check["runtime"] != "torch":
+                series.append((f"{target['id']} in {check['runtime']}", np.asarray(places)))
+    title = "KL divergence of the artifact as shipped from the original"
+    return positions_plot(title, series) if series else None
 
 
 def _badness(value: float | None) -> float:

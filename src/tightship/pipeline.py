@@ -280,11 +280,14 @@ def environment(settings: Settings) -> dict[str, Any]:
 
 
 def write_report(folder: Path, data: dict[str, Any]) -> None:
-    """`report.json` and `report.md`."""
-    from tightship.validators.render import render
+    """`report.json`, `report.md`, and the picture in it."""
+    from tightship.validators.render import picture, render
 
     write_file(folder / "report.json", json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     write_file(folder / "report.md", render(data))
+    drawn = picture(data)
+    if drawn is not None:
+        write_file(folder / "report.svg", drawn)
 
 
 def summary(report: dict[str, Any], *, verbose: bool = False) -> str:

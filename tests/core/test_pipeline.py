@@ -69,7 +69,12 @@ def test_what_is_published(build: Callable[..., pipeline.Built], tmp_path: Path)
         names
     )
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert {entry["path"] for entry in manifest["files"]} == set(names) - {"manifest.json", "report.json", "report.md"}
+    assert {entry["path"] for entry in manifest["files"]} == set(names) - {
+        "manifest.json",
+        "report.json",
+        "report.md",
+        "report.svg",
+    }
     assert manifest["weights"].keys() == {"gguf"}  # the same integers: said once
     assert [t["weights"] for t in manifest["targets"]] == ["gguf", "gguf"]
     assert str(tmp_path) not in json.dumps(manifest)

@@ -10,7 +10,7 @@ import torch
 
 from tightship.report import Check
 from tightship.validators.gates import parse_gates
-from tightship.validators.loss import NO_BUDGET, loss_checks, unjudged
+from tightship.validators.loss import NO_BUDGET, loss_checks, mean_by_position, unjudged
 from tightship.validators.text import Origin, TextWindows, next_tokens
 
 Outputs = dict[str, np.ndarray]
@@ -120,3 +120,10 @@ def test_a_budget_that_nobody_judged_is_said_and_does_not_pass() -> None:
     assert set(missing) == {"perplexity_ratio", "cosine"}
     assert {c.verdict for c in missing.values()} == {"not_run"}
     assert "--text FILE" in (missing["perplexity_ratio"].reason or "")
+
+
+def test_kl_by_position_is_the_mean_over_the_windows_scored_there() -> None:
+    scored = np.array([[True, True, False], [True, False, True]])
+    # window 0 gives 1 and 2 at positions 0 and 1, window 1 gives 3 and 4 at positions 0 and 2
+    assert mean_by_position(np.array([1.0, 2.0, 3.0, 4.0]), scored) == [2.0, 2.0, 4.0]
+    assert mean_by_position(np.array([1.0]), scored) == []

@@ -6,7 +6,7 @@ import json
 import re
 
 from tightship.report import Report, TargetReport, judge, not_run
-from tightship.validators.render import render, summary
+from tightship.validators.render import picture, render, summary
 
 
 def report(*, broken: bool = False) -> dict:
@@ -103,3 +103,18 @@ def test_console_lines() -> None:
     bad = summary(report(broken=True))
     assert bad[0].startswith("gguf: 2 of 7 checks did not pass; ")
     assert bad[1] == "  gguf/llama.cpp/graph/rel_l2: rel_l2 is 0.004, needs <= 1e-05"
+
+
+def test_the_picture_has_a_line_for_each_artifact_with_logits() -> None:
+    data = report()
+    assert picture(data) is None
+    assert "report.svg" not in render(data)
+    place = {"target": "gguf", "runtime": "llama.cpp", "metric": "kl_mean"}
+    data["targets"][0]["checks"].append(
+        judge(**place, kind="loss", value=0.01, extra={"kl_by_position": [0.1, 0.01]}).to_json()
+    )
+    drawn = picture(data)
+    assert drawn is not None
+    assert drawn.count("<polyline") == 1
+    assert "gguf in llama.cpp" in drawn
+    assert "(report.svg)" in render(data)
