@@ -55,6 +55,7 @@ class ModelView:
         self.threads = threads
         self.device = device
         self._module: Any = None
+        self._warm = False
 
     def module(self) -> Any:
         """The whole model: float32, eager, eval, ties honoured. The same object at every call.
@@ -87,6 +88,10 @@ class ModelView:
         given = {k: torch.from_numpy(np.asarray(v, np.int64)) for k, v in inputs.items() if v is not None}
         parts: dict[str, list[np.ndarray]] = {}
         with self.computing():
+            if not self._warm:
+                # Under load a process's first pass came out some 1e-5 off (relative), all later ones bit for bit equal.
+                self._forward(module, {k: v[:1].to(self.device) for k, v in given.items()})
+                self._warm = True
             for start in range(0, len(input_ids), _ROWS_AT_ONCE):
                 batch = {k: v[start : start + _ROWS_AT_ONCE].to(self.device) for k, v in given.items()}
                 for key, value in self._forward(module, batch).items():

@@ -53,6 +53,9 @@ def run(job: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[dict[str, A
     with torch.inference_mode():
         for index in range(len(next(iter(arrays.values())))):
             inputs = {key: torch.from_numpy(array[index : index + 1].copy()) for key, array in arrays.items()}
+            if index == 0:
+                # Under load a process's first pass came out some 1e-5 off (relative), all later ones bit for bit equal.
+                _outputs(model, inputs)
             rows.append(_outputs(model, inputs))
     joined = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]} if rows else {}
     return {"class": type(model).__name__, "dtype": str(model.dtype), "version": _version()}, joined
