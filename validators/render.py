@@ -27,7 +27,7 @@ _BAR = 24
 def render(report: Json) -> str:
     """Markdown of a report, ending in a newline."""
     parts = [_headline(report), *_failures(report), _targets(report), *_integers(report)]
-    if picture(report):
+    if _kl_by_position(report):
         parts.append("![KL divergence by position](report.svg)")
     for target in report["targets"]:
         parts += _target(target)
@@ -123,14 +123,19 @@ def _figures_of(target: Json) -> dict[str, str]:
 
 def picture(report: Json) -> str | None:
     """KL divergence by position, a line an artifact, as SVG; None where no artifact has logits."""
+    series = _kl_by_position(report)
+    title = "KL divergence of the artifact as shipped from the original"
+    return positions_plot(title, series) if series else None
+
+
+def _kl_by_position(report: Json) -> list[tuple[str, np.ndarray]]:
     series = []
     for target in report["targets"]:
         for check in target["checks"]:
             places = check.get("extra", {}).get("kl_by_position")
             if places and check["runtime"] != "torch":
                 series.append((f"{target['id']} in {check['runtime']}", np.asarray(places)))
-    title = "KL divergence of the artifact as shipped from the original"
-    return positions_plot(title, series) if series else None
+    return series
 
 
 def _badness(value: float | None) -> float:
