@@ -189,7 +189,7 @@ def active_window(config: Mapping[str, Any]) -> int | None:
 
 def _mapped_keys(checkpoint: Checkpoint) -> set[str]:
     options = checkpoint.architecture.config.values()
-    words = {word for option in options for word in ([option] if isinstance(option, str) else option)}
+    words = {str(word) for option in options for word in (option if isinstance(option, list) else [option])}
     rules = (*checkpoint.architecture.refuses, *(checkpoint.architecture.gguf or {}).get("requires", ()))
     refused = {str(rule["key"]) for rule in rules}
     return {word.partition("?")[0].split(".")[-1] for word in words | refused}

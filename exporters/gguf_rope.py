@@ -48,7 +48,7 @@ def rope(config: Mapping[str, Any], hyper: Mapping[str, Any], gguf: Mapping[str,
         raise Unsupported(
             f"llama.cpp's {gguf['arch']} does not read rope type {kind!r}; it reads {', '.join(gguf['rope_types'])}"
         )
-    width = int(hyper.get("rope_dim", _partial(config, given) * int(hyper["head_dim"])))
+    width = int(hyper.get("rope_dim", hyper.get("rotary", _partial(config, given)) * int(hyper["head_dim"])))
     base = float(given.get("rope_theta", config.get("rope_theta", hyper.get("rope_theta", 10000.0))))
     fields = {"rope.dimension_count": Field("u32", width), "rope.freq_base": Field("f32", base), **local}
     if kind == "linear":

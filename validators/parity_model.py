@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -96,10 +96,10 @@ def small_config(real: Checkpoint) -> dict[str, Any]:
     return config
 
 
-def _set(config: dict[str, Any], alternatives: str | Sequence[str] | None, value: Any) -> None:
+def _set(config: dict[str, Any], alternatives: Any, value: Any) -> None:
     """Write a value under the first alternative that the config has."""
-    for path in [alternatives] if isinstance(alternatives, str) else list(alternatives or ()):
-        *parents, last = path.split(".")
+    for path in alternatives if isinstance(alternatives, list) else [alternatives]:
+        *parents, last = str(path).split(".")
         place: Any = config
         for parent in parents:
             place = place.get(parent) if isinstance(place, dict) else None

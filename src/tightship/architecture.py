@@ -95,6 +95,7 @@ class Architecture:
         | `#key`               | number of entries under the key                                  |
         | `key==word`          | list of 1 and 0, whether each entry of the key's list is `word`  |
         | `=expression`        | computed from what was already found                             |
+        | a number             | itself                                                           |
         | `none`               | None                                                             |
         | any of them`?key`    | only if the config's key is true                                 |
 
@@ -103,7 +104,7 @@ class Architecture:
         """
         found: dict[str, Any] = {}
         for name, alternatives in self.config.items():
-            options = [alternatives] if isinstance(alternatives, str) else list(alternatives)
+            options = alternatives if isinstance(alternatives, list) else [alternatives]
             for option in options:
                 value = _alternative(option, config, found)
                 if value is not None or option == "none":
@@ -111,7 +112,7 @@ class Architecture:
                     break
             else:
                 raise Malformed(
-                    f"config.json of a {self.family} model needs {' or '.join(options)}, found neither",
+                    f"config.json of a {self.family} model needs {' or '.join(map(str, options))}, found neither",
                     hint="restore the original config.json",
                 )
         return found
@@ -171,12 +172,16 @@ class Architecture:
         if "full_every" in rule:  # layer_types: every n-th layer sees everything, the others a window
             period = int(rule["full_every"])
             return all((entry == "full_attention") == (i % period == 0) for i, entry in enumerate(value, 1))
+        if "zero_every" in rule:  # no_rope_layers: every n-th layer is 0, the others 1
+            return bool(value == [int(i % int(rule["zero_every"]) != 0) for i in range(1, len(value) + 1)])
         if "equals" in rule:
             return bool(value == literal(rule["equals"], self.hyper(config)))
         return value not in rule.get("refused", ()) and ("allowed" not in rule or value in rule["allowed"])
 
 
-def _alternative(option: str, config: Mapping[str, Any], found: Mapping[str, Any]) -> Any:
+def _alternative(option: str | float, config: Mapping[str, Any], found: Mapping[str, Any]) -> Any:
+    if not isinstance(option, str):
+        return option
     option, _, condition = option.partition("?")
     if option == "none" or (condition and not _dig(config, condition)):
         return None

@@ -106,7 +106,7 @@ def _config(architecture: Architecture, metadata: Metadata, tensors: Mapping[str
     config: dict[str, Any] = {"architectures": [architecture.classes[0]], "model_type": architecture.model_types[0]}
     config["tie_word_embeddings"] = found["tied"]
     for name, alternatives in architecture.config.items():
-        first = alternatives if isinstance(alternatives, str) else alternatives[0]
+        first = str(alternatives[0] if isinstance(alternatives, list) else alternatives)
         if first.isidentifier() and name in found:
             config[first] = found[name]
     if gguf["rope"] != "none":

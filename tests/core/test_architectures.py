@@ -27,6 +27,8 @@ BERT_HEADS = ("ForPreTraining", "ForSequenceClassification", "ForTokenClassifica
 BERT_HEADS += ("ForNextSentencePrediction",)
 EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 BLOOM = {"vocab_size": 96, "hidden_size": 64, "n_layer": 2, "n_head": 4}
+SMOL = {"pad_token_id": 0, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
+MPT = {"vocab_size": 96, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}
 FALCON_NEW = {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}
 
 # (config class, model class, options)
@@ -79,6 +81,14 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("GPTNeoXConfig", "GPTNeoXForCausalLM", {**ENCODER, "attention_bias": False}),
     ("BloomConfig", "BloomForCausalLM", BLOOM),
     ("BloomConfig", "BloomForCausalLM", {**BLOOM, "tie_word_embeddings": False}),
+    ("OlmoConfig", "OlmoForCausalLM", {**DECODER, "attention_bias": True}),
+    ("OlmoConfig", "OlmoForCausalLM", {**DECODER, "tie_word_embeddings": True}),
+    ("SmolLM3Config", "SmolLM3ForCausalLM", {**DECODER, "pad_token_id": 0}),
+    ("SmolLM3Config", "SmolLM3ForCausalLM", {**DECODER, **SMOL}),
+    ("Glm4Config", "Glm4ForCausalLM", {**DECODER, "pad_token_id": 0, "head_dim": 32}),
+    ("Glm4Config", "Glm4ForCausalLM", {**DECODER, "pad_token_id": 0, "attention_bias": False}),
+    ("MptConfig", "MptForCausalLM", MPT),
+    ("MptConfig", "MptForCausalLM", {**MPT, "tie_word_embeddings": False}),
     ("BertConfig", "BertModel", ENCODER),
     ("BertConfig", "BertForMaskedLM", ENCODER),
     ("BertConfig", "BertForMaskedLM", {**ENCODER, "tie_word_embeddings": False}),

@@ -11,6 +11,7 @@ import pytest
 
 from tightship.errors import Unsupported
 from tightship.exporters.to_gguf import GgufExporter
+from tightship.formats.gguf_file import read_gguf
 from tightship.modelview import ModelView
 from tightship.opening import open_checkpoint
 from tightship.target import Target
@@ -36,6 +37,8 @@ LONG = {
     "long_factor": [2.0 + 0.5 * i for i in range(8)],
     "original_max_position_embeddings": 64,
 }
+MPT = {"vocab_size": 512, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 SHARED = {**EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
 SCALES = {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 3.0}
@@ -57,6 +60,18 @@ EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("StableLmForCausalLM", {**SIZES, "use_qkv_bias": True}),
     "stablelm-parallel": ("StableLmForCausalLM", {**SIZES, "use_parallel_residual": True}),
     "cohere": ("CohereForCausalLM", {**SIZES, "logit_scale": 0.3}),
+    "olmo": ("OlmoForCausalLM", {**SIZES, "eos_token_id": 0}),
+    "olmo-clamped": ("OlmoForCausalLM", {**SIZES, "eos_token_id": 0, "clip_qkv": 0.5, "tie_word_embeddings": True}),
+    "smollm3": ("SmolLM3ForCausalLM", {**SIZES, "num_hidden_layers": 5, "pad_token_id": 0}),
+    "smollm3-yarn": (
+        "SmolLM3ForCausalLM",
+        {**SIZES, "num_hidden_layers": 4, "pad_token_id": 0, "rope_parameters": YARN},
+    ),
+    "glm4": ("Glm4ForCausalLM", {**SIZES, "head_dim": 32, "pad_token_id": 0}),
+    "glm4-rotated": (
+        "Glm4ForCausalLM",
+        {**SIZES, "pad_token_id": 0, "head_dim": 16, "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
+    ),
     "phi3": ("Phi3ForCausalLM", {**SIZES, "pad_token_id": 0, "sliding_window": None}),
     "phi3-longrope": ("Phi3ForCausalLM", {**SIZES, "pad_token_id": 0, "sliding_window": None, "rope_parameters": LONG}),
 }
@@ -85,6 +100,8 @@ GELU: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-neox": ("GPTNeoXForCausalLM", NEOX),
     "gpt-neox-sequential": ("GPTNeoXForCausalLM", {**NEOX, "use_parallel_residual": False}),
     "bloom": ("BloomForCausalLM", {"vocab_size": 512, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
+    "mpt": ("MptForCausalLM", MPT),
+    "mpt-clamped": ("MptForCausalLM", {**MPT, "n_heads": 6, "d_model": 96, "attn_config": {"clip_qkv": 0.5}}),
     "falcon-7b": ("FalconForCausalLM", FALCON),
     "falcon-40b": ("FalconForCausalLM", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon-11b": (
@@ -135,6 +152,10 @@ def test_logits_are_those_of_transformers(
         ("OlmoeForCausalLM", {**SIZES, **EXPERTS}, "num_key_value_heads"),
         ("OlmoeForCausalLM", {**SIZES, **EXPERTS, "num_key_value_heads": 4, "clip_qkv": 8.0}, "clip_qkv"),
         ("FalconForCausalLM", {**FALCON, "alibi": True}, "alibi"),
+        ("OlmoForCausalLM", {**SIZES, "attention_bias": True, "eos_token_id": 0}, "attention_bias"),
+        ("SmolLM3ForCausalLM", {**SIZES, "pad_token_id": 0, "no_rope_layers": [1, 0]}, "no_rope_layers"),
+        ("SmolLM3ForCausalLM", {**SIZES, "pad_token_id": 0, "mlp_bias": True}, "mlp_bias"),
+        ("MptForCausalLM", {**MPT, "attn_config": {"softmax_scale": 0.1}}, "softmax_scale"),
         ("FalconForCausalLM", {**FALCON, "bias": True}, "bias"),
         ("FalconForCausalLM", {**FALCON, "parallel_attn": False}, "parallel_attn"),
     ],
@@ -145,3 +166,15 @@ def test_what_the_graph_does_not_compute_is_refused(
     checkpoint = open_checkpoint(save_model(class_name, config, byte_level))
     with pytest.raises(Unsupported, match=key):
         GgufExporter().plan(checkpoint, Target("gguf"))
+
+
+def test_what_transformers_assumes_about_rotation_is_written(
+    save_model: Callable, byte_level: Path, to_file: Callable
+) -> None:
+    """A config of transformers 4 that says nothing: half of each head is rotated, not all of it."""
+    checkpoint = open_checkpoint(
+        save_model("Glm4ForCausalLM", {**SIZES, "head_dim": 16, "pad_token_id": 0}, byte_level)
+    )
+    silent = {key: value for key, value in checkpoint.config.items() if key != "rope_parameters"}
+    _, file = to_file(checkpoint.replace(config=silent))
+    assert read_gguf(file).metadata["glm4.rope.dimension_count"] == 8
