@@ -80,6 +80,7 @@ class Architecture:
     gguf_refusal: str | None
     refuses: tuple[Mapping[str, Any], ...]
     folds: tuple[Mapping[str, Any], ...]
+    stream: Mapping[str, Any] | None = None
     base_prefix: str = ""
     renames: tuple[tuple[str, str], ...] = ()
     packed_note: str | None = None
@@ -121,7 +122,7 @@ class Architecture:
         """Every tensor a checkpoint with this config may hold, in table order, blocks ascending."""
         hyper = self.hyper(config)
         for rule in self.tensors:
-            if any(_dig(config, key) not in values for key, values in rule.when.items()):
+            if not holds(rule.when, config):
                 continue
             shape = tuple(int(literal(term, hyper)) for term in rule.shape)
             blocks = range(int(hyper["layers"])) if "{i}" in rule.disk else [None]
@@ -217,6 +218,11 @@ def _product(term: str, expression: str, hyper: Mapping[str, Any]) -> int:
     return value
 
 
+def holds(when: Mapping[str, Iterable[Any]], config: Mapping[str, Any]) -> bool:
+    """Whether every key (dotted) of `when` has one of its values in the config; an absent key has value None."""
+    return all(_dig(config, key) in values for key, values in when.items())
+
+
 def _dig(config: Mapping[str, Any], dotted: str) -> Any:
     value: Any = config
     for key in dotted.split("."):
@@ -271,6 +277,7 @@ def build(data: Mapping[str, Any]) -> list[Architecture]:
         gguf_refusal=data.get("gguf_refusal"),
         refuses=tuple(data["refuses"]),
         folds=tuple(data.get("folds", ())),
+        stream=data.get("stream"),
         base_prefix=prefix,
         renames=tuple((a, b) for a, b in data.get("renames", ())),
         packed_note=data.get("packed_note"),

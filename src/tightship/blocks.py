@@ -220,7 +220,11 @@ class BlockWalk:
         self.fill(self.prefixes[0])
         recorder = Recorder(self.blocks)
         batches = []
-        for ids in batch_windows(windows):
+        stacked = batch_windows(windows)
+        with recorder.standing_in():
+            # Under load a process's first pass came out some 1e-5 off (relative), all later ones bit for bit equal.
+            self.forward(stacked[0][:1])
+        for ids in stacked:
             with recorder.standing_in() as seen:
                 self.forward(ids)
             batches.append(_Batch(ids, seen[0].hidden, [call.arguments for call in seen]))
