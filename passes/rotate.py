@@ -1,9 +1,9 @@
 """Turn activations so that no channel stands out, folded into the weights: unmodified runtimes load the result.
 
-| space  | what is turned                         | folded into                                                          |
-|--------|----------------------------------------|----------------------------------------------------------------------|
-| stream | the residual stream                    | embeddings, all that reads or writes it; gains go into the readers   |
-| values | what attention sums up, head by head   | value rows (and bias) and the columns of attention's output          |
+| space  | what is turned                       | folded into                                                         |
+|--------|--------------------------------------|---------------------------------------------------------------------|
+| stream | the residual stream                  | embeddings and its readers and writers; gains go into the readers   |
+| values | what attention sums up, head by head | value rows (and bias) and the columns of attention's output         |
 
 1. `spaces` names them; without it every space that the family has is turned. A stream with a norm between embedding and
    first block, or behind what writes to it, cannot be turned (Gemma 2, BLOOM); naming it is then an error.
@@ -13,7 +13,7 @@
    grows by that, and config.json says so.
 4. Results are float32. Nothing is turned while the model runs: activations between up and down stay as they are.
 
-QuaRot, arXiv:2404.00456, section 4, stage 1a, and SpinQuant, arXiv:2405.16406 (R1 and R2). The mean: our own derivation.
+QuaRot, arXiv:2404.00456 (stage 1a), and SpinQuant, arXiv:2405.16406 (R1 and R2). The mean: our own derivation.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ _SMALLEST = 1e-5  # of a scale, as in SmoothQuant's own code: a channel that nev
 
 @dataclass(frozen=True, kw_only=True)
 class Smooth(Pass):
-    """See the module. `layout` (the grid of the losses) and `steps` (how finely a is tried) are awq's, `alpha` smoothquant's."""
+    """See the module. `layout` (the grid of the losses) and `steps` (of a) are awq's, `alpha` is smoothquant's."""
 
     name: ClassVar[str] = "smooth"
     needs: ClassVar[Needs] = "calibration"
@@ -169,7 +169,7 @@ def _by_channel(fold: Fold, moments: Mapping[str, Moments]) -> np.ndarray:
 
 
 def _rounded(layout: Layout, w: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """`w * scale` rounded to nearest in `layout`, over `scale` again, since that is what the activation is divided by."""
+    """`w * scale` rounded to nearest in `layout`, over `scale` again: the activation is divided by it."""
     scaled = (w * scale).astype(np.float32)
     return layout.values(layout.quantize(scaled)) / scale
 
