@@ -109,7 +109,7 @@ def _set(config: dict[str, Any], alternatives: Any, value: Any) -> None:
 
 
 def _shrink_bounds(config: dict[str, Any]) -> None:
-    for key in ("sliding_window", "attention_window"):
+    for key in ("sliding_window", "attention_window", "local_attention"):
         if isinstance(config.get(key), int):
             config[key] = min(config[key], WINDOW)
     for key, cap in (("attn_logit_softcapping", ATTENTION_CAP), ("final_logit_softcapping", LOGIT_CAP)):

@@ -171,8 +171,8 @@ class Architecture:
 
     def _agrees(self, value: Any, rule: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
         if "full_every" in rule:  # layer_types: every n-th layer sees everything, the others a window
-            period = int(rule["full_every"])
-            return all((entry == "full_attention") == (i % period == 0) for i, entry in enumerate(value, 1))
+            period, place = int(rule["full_every"]), 0 if rule.get("full_first") else int(rule["full_every"]) - 1
+            return all((entry == "full_attention") == (i % period == place) for i, entry in enumerate(value))
         if "zero_every" in rule:  # no_rope_layers: every n-th layer is 0, the others 1
             return bool(value == [int(i % int(rule["zero_every"]) != 0) for i in range(1, len(value) + 1)])
         if "equals" in rule:

@@ -27,6 +27,8 @@ BERT_HEADS = ("ForPreTraining", "ForSequenceClassification", "ForTokenClassifica
 BERT_HEADS += ("ForNextSentencePrediction",)
 EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 BLOOM = {"vocab_size": 96, "hidden_size": 64, "n_layer": 2, "n_head": 4}
+MODERN = {f"{kind}_token_id": 0 for kind in ("pad", "bos", "eos", "cls", "sep")}
+MODERN |= {f"{kind}_bias": True for kind in ("norm", "attention", "mlp", "classifier")}
 SMOL = {"pad_token_id": 0, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
 MPT = {"vocab_size": 96, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}
 FALCON_NEW = {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}
@@ -89,6 +91,15 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("Glm4Config", "Glm4ForCausalLM", {**DECODER, "pad_token_id": 0, "attention_bias": False}),
     ("MptConfig", "MptForCausalLM", MPT),
     ("MptConfig", "MptForCausalLM", {**MPT, "tie_word_embeddings": False}),
+    ("NomicBertConfig", "NomicBertModel", ENCODER),
+    ("NomicBertConfig", "NomicBertForMaskedLM", ENCODER),
+    ("NomicBertConfig", "NomicBertForMaskedLM", {**ENCODER, "tie_word_embeddings": False}),
+    ("ModernBertConfig", "ModernBertModel", {**ENCODER, **MODERN}),
+    ("ModernBertConfig", "ModernBertForMaskedLM", {**ENCODER, **MODERN, "tie_word_embeddings": False}),
+    *(
+        ("ModernBertConfig", f"ModernBert{head}", {**ENCODER, **MODERN})
+        for head in ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+    ),
     ("BertConfig", "BertModel", ENCODER),
     ("BertConfig", "BertForMaskedLM", ENCODER),
     ("BertConfig", "BertForMaskedLM", {**ENCODER, "tie_word_embeddings": False}),
