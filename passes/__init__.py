@@ -11,7 +11,16 @@ from tightship.passes.base import Pass
 from tightship.passes.options import build
 from tightship.suggest import did_you_mean
 
-_MODULES = ("drop_layers", "prune", "low_rank", "imatrix", "smooth", "rotate", "quantize")
+_MODULES = (
+    "drop_layers",
+    "prune",
+    "low_rank",
+    "imatrix",
+    "smooth",
+    "rotate",
+    "quantize",
+    "recover",
+)
 
 
 def pass_for(use: str, options: Mapping[str, Any], where: str = "passes", resolve: Callable[[str], str] = str) -> Pass:

@@ -27,7 +27,7 @@ from tightship.errors import UsageError
 from tightship.target import Progress, no_progress
 
 PROPERTIES = frozenset({"structure", "mask", "grid", "ties", "factors"})
-Needs = Literal["nothing", "calibration", "gradients", "model"]
+Needs = Literal["nothing", "calibration", "model"]
 
 Report = Callable[[str, Mapping[str, float | int | str]], None]
 
@@ -70,7 +70,8 @@ class Pass(ABC):
     Class attributes:
         name: the recipe's `use`.
         revision: raised whenever the same inputs would give other bytes.
-        needs: what the runner must provide; `nothing` marks a data-free pass.
+        needs: what the runner must provide. `nothing` marks a data-free pass, `calibration` one that wants text,
+            `model` one that trains the whole model, on its input `data`, the calibration text, or text it makes.
         per_tensor: each output tensor is a cheap function of one input tensor; streamed to all targets, not stored.
         paths: options that name files; relative ones start at the recipe.
         makes, destroys: properties. What is not destroyed is preserved.
@@ -103,6 +104,11 @@ class Pass(ABC):
         """Name, revision and every parameter with its resolved value: what the result depends on."""
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         return {"use": self.name, "revision": self.revision, "with": options}
+
+    @property
+    def inputs(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Names of inputs (the recipe's `inputs`) that the pass needs, and all that it takes."""
+        return frozenset(), frozenset()
 
     def requires(self, checkpoint: Checkpoint) -> None:  # noqa: B027 - optional hook
         """Refuse, from names and shapes alone, what `apply` could not do.

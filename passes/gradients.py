@@ -16,8 +16,7 @@ from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported
 from tightship.modelview import ModelView
 from tightship.passes.base import Run
-
-_MASKED = 0.15
+from tightship.passes.objectives import hidden_tokens, mask_token
 
 
 def mean_over_windows(
@@ -64,23 +63,10 @@ def _loss(view: ModelView, module: Any, window: np.ndarray, rng: np.random.Gener
         logits = module(ids, use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
     if architecture.task == "fill-mask" and module.get_output_embeddings() is not None:
-        hidden = torch.from_numpy(rng.random(ids.shape) < _MASKED).to(view.device)
-        hidden[0, len(window) // 2] = True  # at least one
-        shown = ids.masked_fill(hidden, _mask_token(view.checkpoint))
+        hidden = torch.from_numpy(hidden_tokens(np.ones(ids.shape, bool), rng)).to(view.device)
+        shown = ids.masked_fill(hidden, mask_token(view.checkpoint))
         return torch.nn.functional.cross_entropy(module(shown).logits[hidden], ids[hidden])
     raise Unsupported(
         f"a {architecture.family} model without a vocabulary has no loss to take gradients of",
         hint="use magnitude, wanda or sparsegpt",
     )
-
-
-def _mask_token(checkpoint: Checkpoint) -> int:
-    from tokenizers import Tokenizer
-
-    raw = checkpoint.files.get("tokenizer.json")
-    found = Tokenizer.from_buffer(raw).token_to_id("[MASK]") if raw is not None else None
-    if found is None and raw is not None:
-        found = Tokenizer.from_buffer(raw).token_to_id("<mask>")
-    if found is None:
-        raise Unsupported("the tokenizer has no mask token ([MASK] or <mask>)")
-    return int(found)

@@ -36,8 +36,6 @@ from tightship.passes.factorize import (
 from tightship.passes.masks import finite
 from tightship.weights import Alias, Dense, Factored, Stored
 
-_NEEDS: dict[str, Needs] = {"svd": "nothing", "asvd": "calibration", "svd-llm": "calibration", "fisher": "gradients"}
-
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank(Pass):
@@ -68,7 +66,7 @@ class LowRank(Pass):
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]
-        return _NEEDS[self.method]
+        return "nothing" if self.method == "svd" else "calibration"
 
     def requires(self, checkpoint: Checkpoint) -> None:
         matrices = self._matrices(checkpoint)

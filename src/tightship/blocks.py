@@ -6,7 +6,7 @@ loading). Every multiplication with a weight of the block can be observed, exper
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -146,7 +146,7 @@ class Tail(BlockStep):
 class BlockWalk:
     """A walk through the blocks of `checkpoint` with `windows`; see `walk_blocks`."""
 
-    def __init__(self, view: ModelView, windows: Sequence[np.ndarray]) -> None:
+    def __init__(self, view: ModelView, windows: Sequence[np.ndarray], at_once: int = TOKENS_AT_ONCE) -> None:
         if not len(windows) or any(len(window) == 0 for window in windows):
             raise Malformed("calibration needs at least one window of tokens, and none of them empty")
         self.view = view
@@ -157,10 +157,12 @@ class BlockWalk:
         count = int(self.checkpoint.hyper["layers"])
         self.prefixes = [self.checkpoint.architecture.block_prefix.format(i=i) for i in range(count)]
         self.blocks = _block_modules(self.module, self.checkpoint, self.prefixes)
+        names = {id(module): name for name, module in self.module.named_modules()}
+        self.stems = [f"{names[id(block)]}." for block in self.blocks]
         for prefix in self.prefixes:
             self.empty(prefix)
         with view.computing():
-            self.batches = self._enter(windows)
+            self.batches = self._enter(batch_windows(windows, at_once))
 
     def steps(self, outside: Collection[str] = ()) -> Iterator[BlockStep]:
         """Every block in order, then, if there are any in `outside`, the matrices that follow the last."""
@@ -176,10 +178,17 @@ class BlockWalk:
         if tail.linears:
             yield tail
 
-    def run(self, index: int, batch: _Batch) -> Any:
-        """The block's output for a batch: (windows, length, hidden), on the view's device."""
+    def run(self, index: int, batch: _Batch, parameters: Mapping[str, torch.Tensor] | None = None) -> Any:
+        """The block's output for a batch: (windows, length, hidden), on the view's device.
+
+        `parameters`, by their names in the whole module, take the place of the block's own.
+        """
+        import torch
+
         args, kwargs = to_device(batch.arguments[index], self.view.device)
-        output = self.blocks[index](batch.hidden.to(self.view.device), *args, **kwargs)
+        block, stem = self.blocks[index], self.stems[index]
+        inside = {name.removeprefix(stem): value for name, value in (parameters or {}).items()}
+        output = torch.func.functional_call(block, inside, (batch.hidden.to(self.view.device), *args), kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def forward(self, ids: np.ndarray) -> None:
@@ -214,17 +223,16 @@ class BlockWalk:
                 target.data = target.data.new_zeros(()).cpu().expand(target.shape)
 
     def _enter(self, windows: Sequence[np.ndarray]) -> list[_Batch]:
-        """Embed the windows and note which arguments the model hands to each block."""
+        """Embed the stacked windows and note which arguments the model hands to each block."""
 
         self.fill(None)
         self.fill(self.prefixes[0])
         recorder = Recorder(self.blocks)
         batches = []
-        stacked = batch_windows(windows)
         with recorder.standing_in():
             # Under load a process's first pass came out some 1e-5 off (relative), all later ones bit for bit equal.
-            self.forward(stacked[0][:1])
-        for ids in stacked:
+            self.forward(windows[0][:1])
+        for ids in windows:
             with recorder.standing_in() as seen:
                 self.forward(ids)
             batches.append(_Batch(ids, seen[0].hidden, [call.arguments for call in seen]))
@@ -245,14 +253,14 @@ def walk_blocks(view: ModelView, windows: Sequence[np.ndarray]) -> Iterator[Bloc
     yield from BlockWalk(view, windows).steps()
 
 
-def batch_windows(windows: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Windows of equal length stacked, at most TOKENS_AT_ONCE tokens (but at least one window) each; order kept."""
+def batch_windows(windows: Sequence[np.ndarray], at_once: int = TOKENS_AT_ONCE) -> list[np.ndarray]:
+    """Windows of equal length stacked, at most `at_once` tokens (but at least one window) each; order kept."""
     by_length: dict[int, list[np.ndarray]] = {}
     for window in windows:
         by_length.setdefault(len(window), []).append(np.asarray(window, np.int64))
     batches = []
     for length, group in by_length.items():
-        size = max(1, TOKENS_AT_ONCE // length)
+        size = max(1, at_once // length)
         batches += [np.stack(group[i : i + size]) for i in range(0, len(group), size)]
     return batches
 

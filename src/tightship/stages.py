@@ -75,8 +75,28 @@ def make_stages(recipe: Recipe, *, allow_order: bool = False) -> tuple[list[Stag
         options = dict(step.options)
         if step.use == "quantize":
             options = _with_solver(options, recipe)
-        stages.append(Stage(step, pass_for(step.use, options, f"passes[{number}]", recipe.path)))
+        where = f"passes[{number}]"
+        work = pass_for(step.use, options, where, recipe.path)
+        _check_inputs(step, work, where)
+        stages.append(Stage(step, work))
     return stages, check_order([stage.work for stage in stages], allow=allow_order)
+
+
+def _check_inputs(step: Step, work: Pass, where: str) -> None:
+    """Refuse inputs that a pass does not take, and demand those it cannot do without.
+
+    Raises:
+        UsageError: naming the input.
+    """
+    needed, taken = work.inputs
+    for name in step.inputs:
+        if name not in taken:
+            raise UsageError(
+                f"{where} ({work.name}): takes no input {name!r}{did_you_mean(name, taken)}",
+                hint=f"inputs: {', '.join(sorted(taken)) or 'none'}",
+            )
+    for name in sorted(needed - step.inputs.keys()):
+        raise UsageError(f"{where} ({work.name}): needs an input `{name}`", hint=f"inputs: {{{name}: source}}")
 
 
 def scheme_stage(checkpoint: Checkpoint, target: Target, exporter: Any, recipe: Recipe) -> Stage | None:
@@ -140,11 +160,12 @@ def run_stage(state: State, stage: Stage, shop: Workshop) -> State:
     before, work = state.checkpoint, stage.work
     work.requires(before)
     given = _inputs(stage.step, shop)
-    texts = _texts(shop.recipe) if work.needs == "calibration" else ()
+    reads = work.needs == "calibration" or (work.needs == "model" and shop.recipe.calibration is not None)
+    texts = _texts(shop.recipe) if reads else ()
     key = stage_key(
         state.key,
         work.to_json(),
-        inputs=_digests(given, texts, shop.recipe, work.needs),
+        inputs=_digests(given, texts, shop.recipe, reads),
         seed=shop.recipe.seed,
         conditions={} if work.needs == "nothing" else conditions(shop.settings),
     )
@@ -244,10 +265,10 @@ def _amount(recipe: Recipe) -> dict[str, int]:
     return {"tokens": calibration.tokens, "sequence": calibration.sequence} if calibration else {}
 
 
-def _digests(given: Mapping[str, Any], texts: Sequence[str], recipe: Recipe, needs: str) -> dict[str, str]:
+def _digests(given: Mapping[str, Any], texts: Sequence[str], recipe: Recipe, reads: bool) -> dict[str, str]:
     """Digests of what a pass is given beside its checkpoint."""
     found = {name: value.key if isinstance(value, State) else _sha256(value) for name, value in given.items()}
-    if needs == "calibration":
+    if reads:
         amount = " ".join(f"{key}={value}" for key, value in _amount(recipe).items())
         found["calibration"] = f"{_sha256(chr(0).join(texts))} {amount}"
     return found

@@ -130,7 +130,9 @@ def test_files_are_recorded_by_name_and_digest(tmp_path: Path) -> None:
     options = {"solver": "importance", "imatrix": "a.imatrix"}
     data = {
         "calibration": {"text": "text.txt"},
-        "passes": [{"use": "prune", "inputs": {"data": "text.txt", "teacher": "source"}, "with": {"sparsity": 0.5}}],
+        "passes": [
+            {"use": "recover", "inputs": {"data": "text.txt", "teacher": "source"}, "with": {"method": "blockwise"}}
+        ],
         "targets": [{"to": "gguf", "scheme": "q4_0", "with": options}],
         "source": str(EMBER),
     }
