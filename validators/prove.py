@@ -159,7 +159,7 @@ class _Proof:
             return tokenizers_check.file_checks(compressed, self.target, self.directory)
         texts = self.prover.references.strings
         path = self.directory / self.exported.main
-        return tokenizers_check.gguf_checks(compressed, self.target, path, texts, self.settings.limits)
+        return tokenizers_check.gguf_checks(compressed, self.target, path, texts, self.prover.references.limits)
 
     def _graph_source(self) -> None:
         """How far the chosen graph was off on a random model, and why others were refused; judged before the export."""
@@ -203,7 +203,7 @@ class _Proof:
         reference = self.prover.outputs
         self.settings.progress(f"{run.runtime}, {run.mode}, {self.target}", 0, 1)
         try:
-            outputs, about = execute(run, directory, main, windows, self.settings.limits)
+            outputs, about = execute(run, directory, main, windows, self.prover.references.limits)
             figures = compare(reference, outputs, windows)
         except (RuntimeDied, RuntimeMissing, ValueError) as error:
             self.checks.append(failed_run(run, self.target, error))
@@ -262,7 +262,9 @@ class _Proof:
         def of_artifact(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
             directory, main = self.directory, self.exported.main
             job = {"artifact": str(directory), "main": main, "mode": run.mode, "threads": self.settings.threads}
-            return run_child(run.module, job, _inputs(run, ids, mask), limits=self.settings.limits)[1]["logits"]
+            return run_child(run.module, job, _inputs(run, ids, mask), limits=self.prover.references.limits)[1][
+                "logits"
+            ]
 
         try:
             original = self.prover.references.logits

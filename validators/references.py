@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -67,35 +69,49 @@ class ProofSettings:
         return Limits(seconds=self.seconds, memory=self.memory, threads=self.threads, scratch=self.scratch)
 
 
-def check_memory(checkpoint: Checkpoint, settings: ProofSettings) -> None:
-    """Refuse a proof whose reference module cannot fit.
+def must_be_mapped(checkpoint: Checkpoint, settings: ProofSettings) -> bool:
+    """Whether the model in float32 does not fit twice (a reference, and a runtime's) into the memory that is given.
 
     Raises:
-        EnvironmentFailure: the model in float32 alone takes more than the memory that was given.
+        EnvironmentFailure: its largest tensor alone does not.
     """
-    shapes = (checkpoint.resolve(n).shape for n, w in checkpoint.weights.items() if not isinstance(w, Alias))
-    needed = 4 * sum(math.prod(shape) for shape in shapes)
     given = settings.limits.memory_bytes
-    if needed > given:
+    sizes = ((4 * math.prod(w.shape), n) for n, w in checkpoint.weights.items() if not isinstance(w, Alias))
+    largest, name = max(sizes)
+    if 2 * largest > given:
         raise EnvironmentFailure(
-            f"the proof runs {checkpoint.name} in float32, which takes {needed / 2**30:.1f} GiB; "
-            f"{given / 2**30:.1f} GiB are given",
+            f"the proof holds the largest tensor twice in float32, which takes {2 * largest / 2**30:.2g} GiB; "
+            f"{given / 2**30:.2g} GiB are given",
+            tensor=name,
             hint="raise --max-memory, or build on a larger machine",
         )
+    return 2 * checkpoint.float32_bytes > given
 
 
 class References:
     """Windows and outputs of one original, made when first asked for and kept: one for all targets of a build.
 
+    `mapped` tells whether weights lie in mapped files because the model does not fit into the memory that is given.
     `digests` collects, for each target without a scheme, the integers that its files hold, by tensor.
     """
 
     def __init__(self, original: Checkpoint, settings: ProofSettings) -> None:
-        check_memory(original, settings)
         self.original = original
         self.settings = settings
+        self.mapped = must_be_mapped(original, settings)
         self.digests: dict[str, dict[str, str]] = {}
-        self._view: ModelView | None = ModelView(original, threads=settings.threads)
+        self._view: ModelView | None = self._view_of(original)
+
+    @property
+    def limits(self) -> Limits:
+        """What a runtime may use."""
+        mapped = self.original.float32_bytes if self.mapped else 0
+        return dataclasses.replace(self.settings.limits, mapped=mapped)
+
+    def _view_of(self, checkpoint: Checkpoint) -> ModelView:
+        """A view in memory, or over files in the scratch directory where it would not fit."""
+        folder = (self.settings.scratch or Path(tempfile.gettempdir())) if self.mapped else None
+        return ModelView(checkpoint, threads=self.settings.threads, folder=folder)
 
     @functools.cached_property
     def windows(self) -> TextWindows:
@@ -103,8 +119,9 @@ class References:
         vocabulary = int(self.original.hyper.get("vocab", 1))
         most = max(1, _OUTPUT_BYTES // (4 * self.settings.length * vocabulary))
         return proof_windows(
-            self._view or ModelView(self.original),
+            self._view or self._view_of(self.original),
             text=self.settings.text,
+            write=not self.mapped,
             windows=min(self.settings.windows, most),
             length=self.settings.length,
             seed=self.settings.seed,
@@ -115,7 +132,7 @@ class References:
         """The original's outputs on the windows."""
         windows = self.windows
         self.settings.progress("outputs of the original", 0, 1)
-        view = self._view or ModelView(self.original, threads=self.settings.threads)
+        view = self._view or self._view_of(self.original)
         found = view.outputs(windows.ids, windows.mask)
         self._view = None  # the module is no longer needed
         return found
@@ -123,7 +140,7 @@ class References:
     def logits(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """The original's logits for ids and mask (n, length) int64: what task metrics ask."""
         if self._view is None:
-            self._view = ModelView(self.original, threads=self.settings.threads)
+            self._view = self._view_of(self.original)
         return self._view.outputs(ids, mask)["logits"]
 
     def outputs_of(self, checkpoint: Checkpoint, *, with_llama_gelu: bool = False) -> Outputs:
@@ -131,7 +148,7 @@ class References:
         if checkpoint is self.original and not with_llama_gelu:
             return self.outputs
         self.settings.progress("outputs of the compressed checkpoint", 0, 1)
-        view = ModelView(checkpoint, threads=self.settings.threads)
+        view = self._view_of(checkpoint)
         with llama_gelus(view.module()) if with_llama_gelu else contextlib.nullcontext():
             return view.outputs(self.windows.ids, self.windows.mask)
 

@@ -68,7 +68,13 @@ class TextWindows:
 
 
 def proof_windows(
-    view: ModelView, *, text: str | Path | None = None, windows: int = WINDOWS, length: int = LENGTH, seed: int = 0
+    view: ModelView,
+    *,
+    text: str | Path | None = None,
+    windows: int = WINDOWS,
+    length: int = LENGTH,
+    seed: int = 0,
+    write: bool = True,
 ) -> TextWindows:
     """Windows for a proof.
 
@@ -77,6 +83,8 @@ def proof_windows(
         text: a user's file (`.txt`, or `.jsonl` with `text`); None for what the model's task allows.
         windows, length: at most so many, each at most so long and no longer than the model's context.
         seed: of self-generated and random tokens.
+        write: whether a decoder may write its own text, a pass over all its weights for each token; otherwise it
+            reads the shipped sentences.
 
     Raises:
         UsageError, Malformed: the text file is missing, empty, not UTF-8, or too short.
@@ -87,15 +95,21 @@ def proof_windows(
     decoder = checkpoint.architecture.task == "text-generation"
     if text is not None:
         found = token_windows(checkpoint, read_documents(text), tokens=windows * length, sequence=length)
-        # Padding only adds work where nothing has to be padded: what does not fill a window is left out.
-        full = [row for row in found if len(row) == len(found[0])] if decoder else found
-        return _windows(checkpoint, full, "file")
-    if decoder:
+        return _windows(checkpoint, _full(found) if decoder else found, "file")
+    if decoder and write:
         written = generated_windows(view, tokens=windows * length, sequence=length, seed=seed)
         return _windows(checkpoint, written, "self")
     if not _has_tokenizer(checkpoint):
         return random_windows(checkpoint, windows=windows, length=length, seed=seed)
+    if decoder:
+        found = token_windows(checkpoint, [" ".join(_sentences())], tokens=windows * length, sequence=length)
+        return _windows(checkpoint, _full(found), "shipped")
     return _windows(checkpoint, _shipped(checkpoint, windows, length), "shipped")
+
+
+def _full(rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Those as long as the first. Padding only adds work where nothing has to be padded."""
+    return [row for row in rows if len(row) == len(rows[0])]
 
 
 def random_windows(
@@ -155,9 +169,13 @@ def _special_tokens(checkpoint: Checkpoint) -> dict[str | None, int]:
     return {token["content"]: int(token["id"]) for token in added if token.get("special")}
 
 
+def _sentences() -> list[str]:
+    return list(json.loads((resources.files("tightship.validators") / "sentences.json").read_text(encoding="utf-8")))
+
+
 def _shipped(checkpoint: Checkpoint, windows: int, length: int) -> list[np.ndarray]:
     """The shipped sentences, one to three in a window, so that windows differ in length."""
-    sentences = json.loads((resources.files("tightship.validators") / "sentences.json").read_text(encoding="utf-8"))
+    sentences = _sentences()
     codec = codec_of(checkpoint)
     rows = []
     for index in range(windows):

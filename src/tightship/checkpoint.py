@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,6 +107,12 @@ class Checkpoint:
             if weight.owner in seen:
                 raise Malformed(f"aliases run in a circle: {' -> '.join([*seen, weight.owner])}", tensor=name)
             seen.append(weight.owner)
+
+    @property
+    def float32_bytes(self) -> int:
+        """Bytes of all weights as float32, borrowed ones counted once."""
+        stored = (weight for weight in self.weights.values() if not isinstance(weight, Alias))
+        return sum(4 * math.prod(weight.shape) for weight in stored)
 
     def linears(self) -> list[TensorInfo]:
         """The matrices that compression passes work on: linears of the blocks that are present, in table order."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,9 +49,19 @@ class ModelView:
         checkpoint: the model at rest; its weights may be packed.
         threads: torch threads while this view computes, or None to leave the process setting alone.
         device: `cpu` or `cuda`; where the module lives.
+        folder: where the weights lie in files that are mapped into memory (`tightship.mapped`), for models that do not
+            fit; None keeps them in memory.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, threads: int | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        threads: int | None = None,
+        device: str = "cpu",
+        folder: Path | None = None,
+    ) -> None:
+        self.folder = folder
         self.checkpoint = checkpoint
         self.threads = threads
         self.device = device
@@ -67,8 +78,15 @@ class ModelView:
             Unsupported: transformers has no such class.
         """
         if self._module is None:
-            self._module = build_module(self.checkpoint, self._tensors()).to(self.device)
+            self._module = self._build().to(self.device)
         return self._module
+
+    def _build(self) -> Any:
+        if self.folder is None:
+            return build_module(self.checkpoint, self._tensors())
+        from tightship.mapped import mapped_module
+
+        return mapped_module(self.checkpoint, self.folder)
 
     def outputs(
         self,

@@ -147,7 +147,7 @@ def make_plan(recipe: Recipe, settings: Settings, *, progress: Progress = no_pro
         after = outline(checkpoint, solve) if solve else checkpoint
         targets.append(PlannedTarget(solve, after, exporter.plan(after, for_container(target, recipe))))
     notes = [*(f"allowed: {complaint}" for complaint in complaints), *_notes(targets)]
-    scratch = stored + _spooled_bytes([checkpoint, *(t.outline for t in targets)]) + _float_bytes(source)
+    scratch = stored + _spooled_bytes([checkpoint, *(t.outline for t in targets)]) + source.float32_bytes
     return Plan(
         recipe=recipe,
         source=source,
@@ -191,15 +191,10 @@ def _notes(targets: list[PlannedTarget]) -> list[str]:
     return [f"{target.plan.target.id}: {note}" for target in targets for note in target.plan.notes]
 
 
-def _float_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of all weights as float32."""
-    return sum(4 * math.prod(w.shape) for w in checkpoint.weights.values() if not isinstance(w, Alias))
-
-
 def _memory(checkpoint: Checkpoint) -> dict[str, int]:
     """Export: the largest tensor twice in float32. Proof: the original and the compressed model side by side."""
     largest = max((4 * math.prod(w.shape) for w in checkpoint.weights.values() if not isinstance(w, Alias)), default=0)
-    return {"export": _LIBRARIES + 2 * largest, "proof": _LIBRARIES + 2 * _float_bytes(checkpoint)}
+    return {"export": _LIBRARIES + 2 * largest, "proof": _LIBRARIES + 2 * checkpoint.float32_bytes}
 
 
 def _changed_bytes(before: Checkpoint, after: Checkpoint) -> int:

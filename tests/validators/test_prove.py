@@ -208,8 +208,8 @@ def test_no_tokenizer_is_proven_on_its_own_text(original: Checkpoint, tmp_path: 
     assert "no tokenizer" in note
 
 
-def test_a_model_that_cannot_fit_is_refused_before_any_work(original: Checkpoint) -> None:
-    with pytest.raises(EnvironmentFailure, match="in float32"):
+def test_a_tensor_that_cannot_fit_is_refused_before_any_work(original: Checkpoint) -> None:
+    with pytest.raises(EnvironmentFailure, match=r"embed_tokens.*largest tensor"):
         References(original, ProofSettings(memory=100_000))
 
 
@@ -226,3 +226,25 @@ def test_task_metric_of_the_recipe(exports: Callable[..., Any], prove: Callable[
     assert (check.verdict, check.runtime, check.extra["examples"]) == ("pass", "onnxruntime", 2)
     assert 0 <= check.value <= 1
     assert failed(report) == {}
+
+
+@pytest.mark.parametrize(("container", "word"), [("gguf", "int8"), ("onnx", "int4"), ("safetensors", None)])
+def test_a_model_larger_than_memory_is_proven_over_mapped_files(
+    original: Checkpoint, exports: Callable[..., Any], prove: Callable[..., Any], container: str, word: str | None
+) -> None:
+    artifact = exports(container, word)
+    small = References(original, SETTINGS)
+    small.mapped = True
+    report = Prover(original, artifact.compressed, SETTINGS, small).prove(
+        artifact.plan, artifact.directory, artifact.exported
+    )
+    assert failed(report) == {}
+    assert {c.id for c in report.checks} >= {c.id for c in prove(artifact).checks if c.kind in ("graph", "runtime")}
+    assert small.windows.origin == "shipped"  # writing would read all weights once a token
+
+
+def test_what_does_not_fit_twice_is_mapped(original: Checkpoint) -> None:
+    bytes_ = original.float32_bytes
+    assert References(original, ProofSettings(memory=2 * bytes_ - 1)).mapped
+    assert not References(original, ProofSettings(memory=2 * bytes_)).mapped
+    assert References(original, ProofSettings(memory=2 * bytes_ - 1)).limits.mapped == bytes_

@@ -73,12 +73,15 @@ class Limits:
         memory: bytes of private writable memory; None means the machine's memory.
         threads: threads of the numeric libraries.
         scratch: where the exchange directory is made; None means the system's temporary directory.
+        mapped: bytes of weights that a runtime may map from files beside `memory`; 0 where it need not spare memory.
+            Some map them privately, which the kernel counts as data although it can let go of them at any time.
     """
 
     seconds: float = 1800.0
     memory: int | None = None
     threads: int = 1
     scratch: Path | None = None
+    mapped: int = 0
 
     @property
     def memory_bytes(self) -> int:
@@ -126,7 +129,7 @@ def _write_job(
         (directory / folder).mkdir()
     _save_arrays(directory / "in", arrays)
     plain = {**asdict(limits), "scratch": None, "memory": limits.memory_bytes, "cpu": limits.cpu_seconds}
-    order = {"module": module, "job": dict(job), "limits": plain, "arrays": sorted(arrays)}
+    order = {"module": module, "job": {**job, "mapped": limits.mapped > 0}, "limits": plain, "arrays": sorted(arrays)}
     (directory / "job.json").write_text(json.dumps(order))
 
 
@@ -190,7 +193,8 @@ def _load_arrays(folder: Path, names: list[str], mode: Literal["r"] | None = Non
 def _limit_self(limits: Mapping[str, Any]) -> None:
     # Address space says little about memory (torch and ORT map gigabytes they never touch); RLIMIT_DATA counts the
     # private writable part, which is what a runaway runtime would eat.
-    resource.setrlimit(resource.RLIMIT_DATA, (limits["memory"], limits["memory"]))
+    data = limits["memory"] + limits["mapped"]
+    resource.setrlimit(resource.RLIMIT_DATA, (data, data))
     resource.setrlimit(resource.RLIMIT_CPU, (limits["cpu"], limits["cpu"]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":  # die with the parent, even where it was killed outright

@@ -53,7 +53,8 @@ def run(job: dict[str, Any], arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
     import onnxruntime as ort
 
     path = Path(job["artifact"]) / job["main"]
-    graph = Graph(open_session(path, str(job.get("mode", "graph")), int(job.get("threads", 1))))
+    mapped = bool(job.get("mapped"))
+    graph = Graph(open_session(path, str(job.get("mode", "graph")), int(job.get("threads", 1)), mapped=mapped))
     parts: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(arrays["input_ids"]), _ROWS_AT_ONCE):
         rows = {key: array[start : start + _ROWS_AT_ONCE] for key, array in arrays.items()}
@@ -67,8 +68,11 @@ def run(job: dict[str, Any], arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
     return answer, {key: np.concatenate(values) for key, values in parts.items()}
 
 
-def open_session(path: Path, mode: str, threads: int = 1) -> ort.InferenceSession:
-    """A CPU session on an ONNX file; see the module docstring for `mode`."""
+def open_session(path: Path, mode: str, threads: int = 1, *, mapped: bool = False) -> ort.InferenceSession:
+    """A CPU session on an ONNX file; see the module docstring for `mode`.
+
+    With `mapped`, a `graph` session leaves weights where they lie in their file instead of packing copies of them.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -80,6 +84,8 @@ def open_session(path: Path, mode: str, threads: int = 1) -> ort.InferenceSessio
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(FLOAT32_LEVEL))
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        if mapped:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         source = in_float32(path)
     return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 

@@ -1,7 +1,8 @@
 """transformers as a client of the published safetensors: its own loader, every tensor accounted for.
 
 Job: `artifact` (directory), `mode`, `threads`. `graph` loads in float32 with weights decompressed once and activations
-left alone; `shipped` loads as a user would (`dtype="auto"`, activation quantization live).
+left alone; `shipped` loads as a user would (`dtype="auto"`, activation quantization live). With `mapped`, `graph`
+keeps float weights in their stored type and widens those of one module at a time, while it runs.
 """
 
 from __future__ import annotations
@@ -48,7 +49,11 @@ def run(job: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[dict[str, A
     import torch
 
     torch.set_num_threads(int(job.get("threads", 1)))
-    model = load(directory, config, str(job.get("mode", "graph")))
+    mode = str(job.get("mode", "graph"))
+    if mode == "graph" and job.get("mapped") and "quantization_config" not in config:
+        model = widened_in_use(load(directory, config, "shipped"))
+    else:
+        model = load(directory, config, mode)
     rows: list[dict[str, np.ndarray]] = []
     with torch.inference_mode():
         for index in range(len(next(iter(arrays.values())))):
@@ -83,6 +88,28 @@ def load(directory: Path, config: dict[str, Any], mode: str) -> PreTrainedModel:
     )
     check_loading(info)
     return model.eval()
+
+
+def widened_in_use(model: PreTrainedModel) -> PreTrainedModel:
+    """The model computing in float32, while no more than one module's parameters at a time are float32.
+
+    A module's own parameters are widened, exactly, when it is called, and put back when it returns.
+    """
+    narrow: dict[int, list[tuple[Any, Any]]] = {}
+
+    def widen(module: Any, _args: Any) -> None:
+        narrow[id(module)] = [(p, p.data) for p in module.parameters(recurse=False) if p.is_floating_point()]
+        for parameter, data in narrow[id(module)]:
+            parameter.data = data.float()
+
+    def restore(module: Any, _args: Any, _result: Any) -> None:
+        for parameter, data in narrow.pop(id(module)):
+            parameter.data = data
+
+    for module in model.modules():
+        module.register_forward_pre_hook(widen)
+        module.register_forward_hook(restore)
+    return model
 
 
 def _dequantize(quantization: dict[str, Any], mode: str) -> bool:
