@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tightship.checkpoint import Checkpoint
@@ -13,11 +14,23 @@ from tightship.checkpoint import Checkpoint
 MODEL_TYPE = "decoder"
 
 
-def genai_config(checkpoint: Checkpoint, main: str, heads: tuple[int, int]) -> bytes:
-    """The file's content for a decoder whose graph keeps the contract of `onnx_candidates.skeleton`.
+@dataclass(frozen=True)
+class Cache:
+    """The keys or values that one block keeps.
 
-    `heads` are the number and size of heads in the cache.
+    Attributes:
+        heads: of keys and values.
+        size: of a head.
+        shared: past and present may be one buffer, which the graph fills in place.
     """
+
+    heads: int
+    size: int
+    shared: bool = False
+
+
+def genai_config(checkpoint: Checkpoint, main: str, cache: Cache) -> bytes:
+    """The file's content for a decoder whose graph keeps the contract of `onnx_candidates.skeleton`."""
     hyper = checkpoint.hyper
     generation = _generation(checkpoint)
     eos = _first(generation, checkpoint.config, "eos_token_id")
@@ -28,11 +41,11 @@ def genai_config(checkpoint: Checkpoint, main: str, heads: tuple[int, int]) -> b
     }
     decoder = {
         "filename": main,
-        "head_size": heads[1],
+        "head_size": cache.size,
         "hidden_size": hyper["hidden"],
         "num_attention_heads": hyper["heads"],
         "num_hidden_layers": hyper["layers"],
-        "num_key_value_heads": heads[0],
+        "num_key_value_heads": cache.heads,
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "inputs": {
             "input_ids": "input_ids",
@@ -54,8 +67,7 @@ def genai_config(checkpoint: Checkpoint, main: str, heads: tuple[int, int]) -> b
         "context_length": hyper["context"],
         "decoder": decoder,
     }
-    # The cache grows by concatenation, so past and present cannot share a buffer.
-    search = {"max_length": hyper["context"], "past_present_share_buffer": False, "do_sample": False}
+    search = {"max_length": hyper["context"], "past_present_share_buffer": cache.shared, "do_sample": False}
     return (json.dumps({"model": model, "search": search}, indent=2) + "\n").encode()
 
 

@@ -49,6 +49,11 @@ class Style:
     accuracy_level: int = 4
     dynamic: bool = False
 
+    @property
+    def fused(self) -> bool:
+        """Whether the graph itself may hold ONNX Runtime's own operators."""
+        return not self.portable and not self.dynamic
+
 
 def storage(weight: Stored, style: Style, *, table: bool = False) -> Exact | Refused:
     """How a weight is stored, and its bytes, from its type and shape alone. `table` marks an embedding."""

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from tightship.checkpoint import Checkpoint
 from tightship.errors import GateFailed, Unsupported, UsageError
-from tightship.exporters.genai_config import genai_config
+from tightship.exporters.genai_config import Cache, genai_config
 from tightship.exporters.onnx_assemble import write_graph
 from tightship.exporters.onnx_candidates import candidates
+from tightship.exporters.onnx_candidates.fused import shares_cache
 from tightship.exporters.onnx_candidates.skeleton import Choice, Judge, Skeleton, outputs_of
 from tightship.exporters.onnx_schemes import layouts_of, style_of
 from tightship.exporters.onnx_storage import storage
@@ -76,11 +77,12 @@ class OnnxExporter:
             Unsupported: no graph source passes the parity check, or a weight does not fit the graph.
             GateFailed: the bytes written are not the planned ones.
         """
-        choice, skeleton = _graph(checkpoint, self.judge)
-        heads = cache_shape(skeleton)
-        written = write_graph(skeleton, checkpoint, directory, style_of(plan.target), progress=progress, name=MAIN)
+        style = style_of(plan.target)
+        choice, skeleton = _graph(checkpoint, self.judge, fused=style.fused)
+        cache = cache_of(skeleton)
+        written = write_graph(skeleton, checkpoint, directory, style, progress=progress, name=MAIN)
         _compare(plan, written)
-        write_companions(checkpoint, directory, heads)
+        write_companions(checkpoint, directory, cache)
         details = {"candidates": [judgement.to_json() for judgement in choice.judgements]}
         return Exported(tuple(sorted_files(directory)), MAIN, choice.graph_source, details)
 
@@ -93,38 +95,40 @@ def reference_graph(checkpoint: Checkpoint, directory: Path, judge: Judge) -> Pa
     """
     decoded = {name: w if isinstance(w, Alias) else _decoded(w) for name, w in checkpoint.weights.items()}
     plain = checkpoint.replace(weights=decoded)
-    _, skeleton = _graph(plain, judge)
+    _, skeleton = _graph(plain, judge, fused=False)
     write_graph(skeleton, plain, directory, style_of(Target("onnx")), name=MAIN)
     return directory / MAIN
 
 
-def cache_shape(skeleton: Skeleton) -> tuple[int, int] | None:
-    """(heads, head size) of the first key cache, or None without a cache."""
+def cache_of(skeleton: Skeleton) -> Cache | None:
+    """Heads and head size of the first key cache, or None without a cache."""
     first = next((v for v in skeleton.model.graph.inputs if str(v.name).startswith("past_key_values.")), None)
     if first is None or first.shape is None:
         return None
     heads, size = first.shape[1], first.shape[3]
-    return (heads, size) if isinstance(heads, int) and isinstance(size, int) else None
+    if not (isinstance(heads, int) and isinstance(size, int)):
+        return None
+    return Cache(heads, size, shared=shares_cache(skeleton.model.graph))
 
 
-def write_companions(checkpoint: Checkpoint, directory: Path, heads: tuple[int, int] | None) -> None:
-    """config.json, tokenizer files, and genai_config.json for decoders (those with a cache of `heads`)."""
+def write_companions(checkpoint: Checkpoint, directory: Path, cache: Cache | None) -> None:
+    """config.json, tokenizer files, and genai_config.json for decoders (those with a cache)."""
     config = {**checkpoint.config, "transformers.js_config": {"use_external_data_format": {MAIN: True}}}
     files = {**checkpoint.files, "config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
-    if heads:
-        files["genai_config.json"] = genai_config(checkpoint, MAIN, heads)
+    if cache:
+        files["genai_config.json"] = genai_config(checkpoint, MAIN, cache)
     for name, data in files.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
 
 
-def _graph(checkpoint: Checkpoint, judge: Judge | None) -> tuple[Choice, Skeleton]:
+def _graph(checkpoint: Checkpoint, judge: Judge | None, *, fused: bool) -> tuple[Choice, Skeleton]:
     if judge is None:
         raise UsageError(
             "no graph source is trusted: an ONNX export needs a judge", hint="pass validators.parity.judge"
         )
-    choice = judge(candidates(), checkpoint)
+    choice = judge(candidates(fused=fused), checkpoint)
     shapes = {name: tuple(checkpoint.resolve(name).shape) for name in checkpoint.weights}
     return choice, choice.candidate.build(checkpoint.config, checkpoint.architecture, shapes)
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 from tightship.exporters.onnx_candidates.skeleton import Candidate
 
 
-def candidates() -> tuple[Candidate, ...]:
-    """Every graph source, in the order in which they are tried."""
+def candidates(*, fused: bool = False) -> tuple[Candidate, ...]:
+    """Every graph source, in the order in which they are tried; `fused` puts graphs for ONNX Runtime alone first."""
     from tightship.exporters.onnx_candidates.capture import CaptureCandidate
     from tightship.exporters.onnx_candidates.direct import DirectCandidate
+    from tightship.exporters.onnx_candidates.fused import FusedCandidate
     from tightship.exporters.onnx_candidates.mobius_graphs import MobiusCandidate
 
-    return (MobiusCandidate(), DirectCandidate(), CaptureCandidate())
+    first = (FusedCandidate(DirectCandidate()),) if fused else ()
+    return (*first, MobiusCandidate(), DirectCandidate(), CaptureCandidate())

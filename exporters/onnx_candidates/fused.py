@@ -1,0 +1,158 @@
+"""Another source's graph with ONNX Runtime's own operators put in; judged like every other candidate.
+
+| pattern                               | check                                | rewritten to                     |
+|---------------------------------------|--------------------------------------|----------------------------------|
+| Attention with a mask and a cache     | keys and values have one head size   | GroupQueryAttention              |
+| Add, then RMSNormalization of the sum | both summands have three like axes   | SkipSimplifiedLayerNormalization |
+
+GroupQueryAttention appends to the cache in place where the client gives past and present one buffer; that is what makes
+it faster at long contexts. By itself it is wrong for padded batches: it takes a row's length for its number of unmasked
+tokens, counted from the left. So the mask stays what it was and goes in as `attention_bias`, every row is said to be as
+long as the longest (`seqlens_k` = total - 1), and positions are applied before it (`do_rotary` = 0): exact for padding
+on either side. Windows are in the mask. Definition: ContribOperators.md of ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tightship.architecture import Architecture
+from tightship.errors import Unsupported
+from tightship.exporters.onnx_candidates.skeleton import Candidate, Skeleton
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+CONTRIB = "com.microsoft"
+_INT32 = 6
+_CACHED_INPUTS = 6  # query, key, value, mask, past key, past value
+_HEADS = {"num_heads": "q", "kv_num_heads": "kv"}
+
+
+class FusedCandidate:
+    """`inner`, rewritten."""
+
+    def __init__(self, inner: Candidate) -> None:
+        self.inner = inner
+
+    @property
+    def source(self) -> str:
+        return f"{self.inner.source}, fused for ONNX Runtime"
+
+    @property
+    def rewrites(self) -> tuple[str, ...]:
+        return (*self.inner.rewrites, "GroupQueryAttention", "SkipSimplifiedLayerNormalization")
+
+    def build(
+        self, config: Mapping[str, Any], architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]
+    ) -> Skeleton:
+        skeleton = self.inner.build(config, architecture, shapes)
+        graph = skeleton.model.graph
+        fused = fuse_attention(graph)
+        if not fused:
+            raise Unsupported("there is no attention with a cache to fuse")
+        fuse_skipped_norms(graph)
+        graph.opset_imports[CONTRIB] = 1
+        return skeleton
+
+
+def shares_cache(graph: ir.Graph) -> bool:
+    """Whether past and present may be one buffer: every cached attention appends in place."""
+    kinds = {node.op_type for node in graph}
+    return "GroupQueryAttention" in kinds and "Attention" not in kinds
+
+
+def fuse_attention(graph: ir.Graph) -> int:
+    """Attention to GroupQueryAttention; all of them or, where one does not fit, none. How many there were."""
+    found = [node for node in graph if node.op_type == "Attention" and not node.domain]
+    if not found or not all(_fits(node) for node in found):
+        return 0
+    last, total = _lengths(graph)
+    for node in found:
+        query, key, value, mask, *past = node.inputs
+        keep = {"scale": node.attributes["scale"].as_float(), "do_rotary": 0}
+        if "softcap" in node.attributes:
+            keep["softcap"] = node.attributes["softcap"].as_float()
+        heads = {name: node.attributes[f"{short}_num_heads"].as_int() for name, short in _HEADS.items()}
+        inputs = [query, key, value, *past, last, total, None, None, None, mask]
+        grouped = _contrib("GroupQueryAttention", inputs, {**heads, **keep}, len(node.outputs))
+        _replace(graph, [node], grouped, dict(enumerate(node.outputs)))
+    return len(found)
+
+
+def _fits(node: ir.Node) -> bool:
+    """A mask of floats, a cache, heads of one size for keys and values, and nothing that the kernel does not have."""
+    given = [value is not None for value in node.inputs]
+    known = {"scale", "softcap", "q_num_heads", "kv_num_heads"}
+    if given != [True] * _CACHED_INPUTS or len(node.outputs) != 3 or not {*node.attributes} <= known:
+        return False
+    past = [value.shape[3] for value in node.inputs[4:] if value is not None and value.shape is not None]
+    return len(past) == 2 and past[0] == past[1]
+
+
+def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
+    """(batch) int32, last position of every row, and the total length, from the shapes of the inputs."""
+    import onnx_ir as ir
+
+    inputs = {value.name: value for value in graph.inputs}
+    one = ir.Value(name="gqa.one", type=ir.TensorType(ir.DataType.INT32), shape=ir.Shape([1]))
+    one.const_value = ir.tensor(np.ones(1, np.int32), name="gqa.one")
+    graph.register_initializer(one)
+    batch = ir.node("Shape", [inputs["input_ids"]], {"start": 0, "end": 1})
+    length = ir.node("Shape", [inputs["attention_mask"]], {"start": 1, "end": 2})
+    narrow = ir.node("Cast", [length.outputs[0]], {"to": _INT32})
+    scalar = ir.node("Squeeze", [narrow.outputs[0]])
+    before = ir.node("Sub", [narrow.outputs[0], one])
+    last = ir.node("Expand", [before.outputs[0], batch.outputs[0]])
+    nodes = [batch, length, narrow, scalar, before, last]
+    for node, word in zip(nodes, ("batch", "length", "narrow", "total", "before", "last"), strict=True):
+        node.name = node.outputs[0].name = f"gqa.{word}"
+    graph.insert_before(graph[0], nodes)
+    return last.outputs[0], scalar.outputs[0]
+
+
+def fuse_skipped_norms(graph: ir.Graph) -> int:
+    """Add and the RMSNormalization of its sum become one node, which also gives the sum. How many there were."""
+    found = 0
+    for node in list(graph):
+        total = node.inputs[0] if node.op_type == "RMSNormalization" else None
+        add = total.producer() if total is not None else None
+        if total is None or add is None or add.op_type != "Add" or add.graph is None or total.is_graph_output():
+            continue
+        left, right = add.inputs
+        if left is None or right is None or not _alike(left, right):
+            continue
+        epsilon = {"epsilon": node.attributes["epsilon"].as_float()}
+        joined = _contrib("SkipSimplifiedLayerNormalization", [left, right, node.inputs[1]], epsilon, 4)
+        _replace(graph, [add, node], joined, {0: node.outputs[0], 3: total})
+        found += 1
+    return found
+
+
+def _alike(left: ir.Value, right: ir.Value) -> bool:
+    """Three axes each, the last one the same: the kernel does not broadcast."""
+    shapes = (left.shape, right.shape)
+    return all(s is not None and len(s) == 3 for s in shapes) and shapes[0][2] == shapes[1][2]  # type: ignore[index]
+
+
+def _contrib(op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any], outputs: int) -> ir.Node:
+    import onnx_ir as ir
+
+    return ir.node(op, inputs, attributes, domain=CONTRIB, num_outputs=outputs)
+
+
+def _replace(graph: ir.Graph, old: Sequence[ir.Node], new: ir.Node, outputs: Mapping[int, ir.Value]) -> None:
+    """Put `new` in the place of `old`; the values of `outputs`, by place, hand over their names and readers."""
+    from onnx_ir import convenience
+
+    new.name = old[-1].name
+    for place, fresh in enumerate(new.outputs):
+        former = outputs.get(place)
+        fresh.name = former.name if former is not None else ""
+        if former is not None:
+            fresh.type, fresh.shape = former.type, former.shape
+    kept = [new.outputs[place] for place in outputs]
+    convenience.replace_nodes_and_values(graph, old[0], old, [new], list(outputs.values()), kept)
