@@ -12,6 +12,8 @@ from tightship.checkpoint import Checkpoint
 # "decoder" is the generic text type: it takes the names of the graph contract and position_ids. Naming a family would
 # change nothing for most and break others (gpt2 stands for one combined cache tensor a layer).
 MODEL_TYPE = "decoder"
+# A shared cache is allocated for this many tokens at once, unless the client asks for another length.
+SHARED_LENGTH = 4096
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def genai_config(checkpoint: Checkpoint, main: str, cache: Cache) -> bytes:
         "context_length": hyper["context"],
         "decoder": decoder,
     }
-    search = {"max_length": hyper["context"], "past_present_share_buffer": cache.shared, "do_sample": False}
+    length = min(int(hyper["context"]), SHARED_LENGTH) if cache.shared else hyper["context"]
+    search = {"max_length": length, "past_present_share_buffer": cache.shared, "do_sample": False}
     return (json.dumps({"model": model, "search": search}, indent=2) + "\n").encode()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
@@ -38,7 +38,37 @@ def positions_plot(title: str, series: Sequence[tuple[str, np.ndarray]], *, unit
         body.append(f'<polyline points="{path}" fill="none" stroke="{colour}"/>')
         body.append(_text(_WIDTH - _RIGHT, 16 + 13 * index, name, anchor="end", colour=colour))
     body.append(_text(_LEFT, _HEIGHT - 8, f"position 0 to {max(longest - 1, 0)}; {unit}"))
-    size = f'width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}"'
+    return _document(body, _HEIGHT)
+
+
+def bars_plot(title: str, groups: Sequence[tuple[str, Mapping[str, float | None]]]) -> str:
+    """A horizontal bar for each figure of each group, each figure on a scale of its own, from zero.
+
+    Args:
+        title: one line above the plot.
+        groups: (name, {figure: value or None}) each.
+    """
+    figures = list(dict.fromkeys(name for _, values in groups for name in values))
+    most = {name: max((values.get(name) or 0.0 for _, values in groups), default=0.0) or 1.0 for name in figures}
+    wide = (_WIDTH - _LEFT - _RIGHT) * 0.8
+    body, y = [_text(_LEFT, 16, title, size=13)], 34.0
+    for group, values in groups:
+        body.append(_text(_LEFT, y, group))
+        for index, name in enumerate(figures):
+            value = values.get(name)
+            if value is None:
+                continue
+            y += 14
+            colour = f"hsl({(210 + 137 * index) % 360},65%,42%)"
+            length = wide * value / most[name]
+            body.append(f'<rect x="{_LEFT}" y="{y - 9:.1f}" width="{length:.1f}" height="10" fill="{colour}"/>')
+            body.append(_text(_LEFT + length + 5, y, f"{name} {value:.1f}", colour=colour))
+        y += 20
+    return _document(body, round(y))
+
+
+def _document(body: Sequence[str], height: int) -> str:
+    size = f'width="{_WIDTH}" height="{height}" viewBox="0 0 {_WIDTH} {height}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">'
     return "\n".join([head, *body, "</svg>"]) + "\n"
 

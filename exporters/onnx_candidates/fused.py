@@ -3,7 +3,7 @@
 | pattern                               | check                                | rewritten to                     |
 |---------------------------------------|--------------------------------------|----------------------------------|
 | Attention with a mask and a cache     | keys and values have one head size   | GroupQueryAttention              |
-| Add, then RMSNormalization of the sum | both summands have three like axes   | SkipSimplifiedLayerNormalization |
+| Add, then RMSNormalization of the sum | three axes each, as far as known     | SkipSimplifiedLayerNormalization |
 
 GroupQueryAttention appends to the cache in place where the client gives past and present one buffer; that is what makes
 it faster at long contexts. By itself it is wrong for padded batches: it takes a row's length for its number of unmasked
@@ -133,9 +133,9 @@ def fuse_skipped_norms(graph: ir.Graph) -> int:
 
 
 def _alike(left: ir.Value, right: ir.Value) -> bool:
-    """Three axes each, the last one the same: the kernel does not broadcast."""
-    shapes = (left.shape, right.shape)
-    return all(s is not None and len(s) == 3 for s in shapes) and shapes[0][2] == shapes[1][2]  # type: ignore[index]
+    """Three axes, as far as they are known, and the last one the same: the kernel does not broadcast."""
+    known = [value.shape for value in (left, right) if value.shape is not None]
+    return bool(known) and all(len(shape) == 3 and shape[2] == known[0][2] for shape in known)
 
 
 def _contrib(op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any], outputs: int) -> ir.Node:

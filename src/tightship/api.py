@@ -1,4 +1,4 @@
-"""The library: `build`, `plan` and `verify` with the names and defaults of the command line."""
+"""The library: `build`, `plan`, `verify` and `bench` with the names and defaults of the command line."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tightship.target import Progress, no_progress
 if TYPE_CHECKING:
     from tightship.pipeline import Built
     from tightship.planning import Plan
+    from tightship.validators.bench import Bench
     from tightship.verification import Verified
 
 
@@ -110,6 +111,35 @@ def verify(
     source = None if against is None else str(against)
     words = None if calibration is None else str(calibration)
     return verification.verify(Path(directory).absolute(), source, settings, calibration=words, progress=progress)
+
+
+def bench(
+    path: str | Path,
+    *,
+    prompt: int = 128,
+    decode: int = 32,
+    rounds: int = 3,
+    threads: int | None = None,
+    progress: Progress = no_progress,
+) -> Bench:
+    """Measure every artifact below a directory, or one GGUF file, in each runtime that opens it.
+
+    Args:
+        path: a published directory, or any that holds artifacts.
+        prompt: tokens of the prompt.
+        decode: tokens decoded one by one after it.
+        rounds: how often each artifact is loaded and timed; they take turns.
+        threads: of the runtimes.
+
+    Raises:
+        UsageError: there is nothing to run.
+        EnvironmentFailure: no runtime for any of it is installed.
+        GateFailed: a runtime failed on an artifact.
+    """
+    from tightship.validators.bench import Plan, bench
+
+    used = threads or integer("THREADS") or 1
+    return bench(Path(path), Plan(prompt=prompt, decode=decode, rounds=rounds, threads=used), progress)
 
 
 def _recipe(recipe: str | Path | Recipe | None, flags: dict[str, Any]) -> Recipe:

@@ -139,6 +139,7 @@ Examples:
   tightship plan MODEL --recipe recipe.yaml
   tightship inspect out/gguf/ember.gguf
   tightship verify out --against MODEL
+  tightship bench out
 """
 
 
@@ -263,6 +264,41 @@ def verify(directory: Path, as_json: bool, quiet: bool, verbose: bool, **options
 
     with progress_display(quiet=quiet or as_json) as progress:
         result = api.verify(directory, **{k: v for k, v in options.items() if v is not None}, progress=progress)
+    if as_json:
+        emit(envelope(0, result=result.to_json()))
+    elif not quiet:
+        emit(result.summary(verbose=verbose))
+    return 0
+
+
+@cli.command(
+    short_help="Speed, size and memory of artifacts in their runtimes.",
+    help="""
+\b
+Examples:
+  tightship bench out
+  tightship bench out --prompt 512 --threads 4 --plot speed.svg
+  tightship bench model.gguf --json
+
+Load time, prefill and decode tokens per second, size and peak memory of every artifact below a directory, each in its
+own runtime and process. Artifacts take turns; ratios (x) are to the first one, round by round.
+""",
+)
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--prompt", type=click.IntRange(1), default=128, show_default=True, help="Tokens of the prompt.")
+@click.option("--decode", type=click.IntRange(0), default=32, show_default=True, help="Tokens decoded one by one.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Loads of each artifact.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of the runtimes; default 1.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Also write a picture, as SVG.")
+@shared_options
+def bench(path: Path, plot: Path | None, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> int:
+    """`tightship bench`."""
+    from tightship import api
+
+    with progress_display(quiet=quiet or as_json) as progress:
+        result = api.bench(path, **options, progress=progress)
+    if plot is not None:
+        plot.write_text(result.plot())
     if as_json:
         emit(envelope(0, result=result.to_json()))
     elif not quiet:

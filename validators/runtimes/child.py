@@ -39,6 +39,7 @@ RUNTIMES = {
     "onnx_runtime": "tightship.validators.runtimes.onnx_runtime",
     "transformers_client": "tightship.validators.runtimes.transformers_client",
     "genai": "tightship.validators.runtimes.genai",
+    "speed": "tightship.validators.runtimes.speed",
     "torch_reference": "tightship.validators.runtimes.torch_reference",
 }
 # Nothing else of the environment reaches a runtime: no tokens, proxies or caches of the user.

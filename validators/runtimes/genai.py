@@ -49,27 +49,28 @@ def run(job: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[dict[str, A
 
 def logits(model: og.Model, prompt: np.ndarray, decode: int) -> np.ndarray:
     """(1, s, vocab) float32 for a prompt (s,) int32; the last `decode` positions come from single-token steps."""
-    generator = _generator(model, len(prompt))
+    loop = generator(model, len(prompt))
     split = max(len(prompt) - decode, 1)
     parts = []
     for start, stop in [(0, split), *((i, i + 1) for i in range(split, len(prompt)))]:
-        generator.append_tokens(prompt[None, start:stop])
-        parts.append(np.array(generator.get_output("logits"), np.float32))
+        loop.append_tokens(prompt[None, start:stop])
+        parts.append(np.array(loop.get_output("logits"), np.float32))
     return np.concatenate(parts, axis=1)
 
 
 def greedy(model: og.Model, prompt: np.ndarray, count: int) -> np.ndarray:
     """(count,) int64 tokens after a prompt (s,) int32; padded with -1 where the model ended."""
-    generator = _generator(model, len(prompt) + count)
-    generator.append_tokens(prompt[None])
+    loop = generator(model, len(prompt) + count)
+    loop.append_tokens(prompt[None])
     found: list[int] = []
-    while len(found) < count and not generator.is_done():
-        generator.generate_next_token()
-        found.append(int(generator.get_next_tokens()[0]))
+    while len(found) < count and not loop.is_done():
+        loop.generate_next_token()
+        found.append(int(loop.get_next_tokens()[0]))
     return np.array(found + [-1] * (count - len(found)), np.int64)
 
 
-def _generator(model: og.Model, length: int) -> og.Generator:
+def generator(model: og.Model, length: int) -> og.Generator:
+    """A greedy loop with room for `length` tokens."""
     import onnxruntime_genai as og
 
     params = og.GeneratorParams(model)

@@ -55,28 +55,34 @@ def run(job: dict[str, Any], arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
 
     path = Path(job["artifact"]) / job["main"]
     want = job.get("want", "outputs")
-    about = {"version": f"cyllama {_version()}, ggml {library.ggml_version()}"}
+    about = {"version": f"cyllama {version()}, ggml {library.ggml_version()}"}
     if want in ("tokenize", "vocab"):
-        model = _load(path)  # whole: with vocab_only, llama.cpp aborts on its own missing hyper-parameters
+        model = load(path)  # whole: with vocab_only, llama.cpp aborts on its own missing hyper-parameters
         return about | (_tokenize(model, job) if want == "tokenize" else _vocabulary(model, path)), {}
     widen = job.get("mode", "shipped") == "graph"
     with tempfile.TemporaryDirectory() if widen else nullcontext("") as directory:
-        model = _load(as_float32(path, Path(directory)) if widen else path)
+        model = load(as_float32(path, Path(directory)) if widen else path)
         about["description"] = str(model.desc)
-        if _is_encoder(model):
+        if is_encoder(model):
             return about, _encode(model, job, arrays)
         if want == "generate":
             return about, {"tokens": np.stack([_greedy(model, job, row) for row in arrays["input_ids"]])}
         return about, {"logits": _logits(model, job, arrays)}
 
 
-def _version() -> str:
-    from importlib.metadata import version
+def version() -> str:
+    """Of the wheel."""
+    from importlib.metadata import version as of
 
-    return version("cyllama")
+    return of("cyllama")
 
 
-def _load(path: Path) -> LlamaModel:
+def load(path: Path) -> LlamaModel:
+    """A GGUF file in memory.
+
+    Raises:
+        GateFailed: the library refuses it.
+    """
     import cyllama.llama.llama_cpp as library
 
     class Model(library.LlamaModel):
@@ -98,7 +104,8 @@ def _load(path: Path) -> LlamaModel:
         raise GateFailed(f"llama.cpp does not load {path.name}: {error}") from error
 
 
-def _is_encoder(model: LlamaModel) -> bool:
+def is_encoder(model: LlamaModel) -> bool:
+    """Whether attention is bidirectional."""
     architecture = model.meta_val_str("general.architecture")
     try:
         return model.meta_val_str(f"{architecture}.attention.causal") == "false"
@@ -106,7 +113,8 @@ def _is_encoder(model: LlamaModel) -> bool:
         return False
 
 
-def _context(model: LlamaModel, job: dict[str, Any], length: int, *, encoder: bool = False) -> LlamaContext:
+def new_context(model: LlamaModel, job: dict[str, Any], length: int, *, encoder: bool = False) -> LlamaContext:
+    """A context of `length` tokens; `threads` and `mode` of the job as in the module docstring."""
     import cyllama.llama.llama_cpp as library
 
     params = library.LlamaContextParams()
@@ -129,13 +137,13 @@ def _kept(arrays: Arrays) -> list[np.ndarray]:
     return [np.flatnonzero(row) for row in mask]
 
 
-def _step(context: LlamaContext, ids: np.ndarray, start: int) -> None:
-    """Append tokens to sequence 0, all of them with outputs."""
+def step(context: LlamaContext, ids: np.ndarray, start: int, *, last_only: bool = False) -> None:
+    """Append tokens to sequence 0, with outputs for all of them or for the last one."""
     import cyllama.llama.llama_cpp as library
 
     batch = library.LlamaBatch(n_tokens=len(ids), embd=0, n_seq_max=1)
     for place, token in enumerate(ids):
-        batch.add(int(token), start + place, [0], True)
+        batch.add(int(token), start + place, [0], not last_only or place + 1 == len(ids))
     if code := context.decode(batch):
         raise GateFailed(f"llama.cpp stops at token {start}: llama_decode returned {code}")
 
@@ -143,11 +151,11 @@ def _step(context: LlamaContext, ids: np.ndarray, start: int) -> None:
 def _logits(model: LlamaModel, job: dict[str, Any], arrays: Arrays) -> np.ndarray:
     ids = arrays["input_ids"]
     out = np.zeros((*ids.shape, model.n_vocab), np.float32)
-    context = _context(model, job, ids.shape[1])
+    context = new_context(model, job, ids.shape[1])
     for row, kept in enumerate(_kept(arrays)):
         context.kv_cache_clear()
         for first, last in _steps(len(kept), int(job.get("decode", 0))):
-            _step(context, ids[row, kept[first:last]], first)
+            step(context, ids[row, kept[first:last]], first)
             for place in range(first, last):
                 out[row, kept[place]] = context.get_logits_ith(place - first)
     return out
@@ -163,23 +171,23 @@ def _steps(length: int, decode: int) -> list[tuple[int, int]]:
 def _greedy(model: LlamaModel, job: dict[str, Any], prompt: np.ndarray) -> np.ndarray:
     """(tokens,) int64; no stop at an end token, so that lengths are equal."""
     count = int(job["tokens"])
-    context = _context(model, job, len(prompt) + count)
+    context = new_context(model, job, len(prompt) + count)
     for first, last in _steps(len(prompt), 0):
-        _step(context, prompt[first:last], first)
+        step(context, prompt[first:last], first)
     found: list[int] = []
     while True:
         found.append(int(np.argmax(context.get_logits_ith(-1))))
         if len(found) == count:
             return np.array(found, np.int64)
-        _step(context, np.array(found[-1:]), len(prompt) + len(found) - 1)
+        step(context, np.array(found[-1:]), len(prompt) + len(found) - 1)
 
 
 def _encode(model: LlamaModel, job: dict[str, Any], arrays: Arrays) -> Arrays:
     ids = arrays["input_ids"]
     out = {"last_hidden_state": np.zeros((*ids.shape, model.n_embd), np.float32)}
-    context = _context(model, job, ids.shape[1], encoder=True)
+    context = new_context(model, job, ids.shape[1], encoder=True)
     for row, kept in enumerate(_kept(arrays)):
-        _step(context, ids[row, kept], 0)
+        step(context, ids[row, kept], 0)
         for place, position in enumerate(kept):
             out["last_hidden_state"][row, position] = context.get_embeddings_ith(place)
     if "pooling" in job:

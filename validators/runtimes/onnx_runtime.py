@@ -166,6 +166,10 @@ class Graph:
                 "position_ids": np.array([[total - 1]], np.int64),
             }
 
+    def advance(self, arrays: Mapping[str, np.ndarray], past: Arrays) -> tuple[Arrays, Arrays]:
+        """Outputs of the tokens that follow a past, and the past with them in it."""
+        return self._step(self._complete(arrays), past)
+
     def empty_past(self, batch: int) -> Arrays:
         """A cache of length 0; heads and their size are static in the graph."""
         found = {}

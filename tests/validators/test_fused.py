@@ -1,0 +1,86 @@
+"""Graphs with ONNX Runtime's own operators: right for every kind of attention, and told when they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tightship.checkpoint import Checkpoint
+from tightship.errors import Unsupported
+from tightship.exporters.onnx_candidates.direct import DirectCandidate
+from tightship.exporters.onnx_candidates.fused import FusedCandidate, shares_cache
+from tightship.exporters.onnx_candidates.skeleton import Skeleton
+from tightship.validators import parity
+from tightship.validators.parity_model import small_checkpoint
+
+Tiny = Callable[[str], Checkpoint]
+LIMIT = 1e-5
+FUSED = FusedCandidate(DirectCandidate())
+
+
+def built(candidate: Any, checkpoint: Checkpoint) -> Skeleton:
+    shapes = {name: tuple(checkpoint.resolve(name).shape) for name in checkpoint.weights}
+    return candidate.build(checkpoint.config, checkpoint.architecture, shapes)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma2", "opt"])
+def test_fused_graphs_are_right(tiny: Tiny, family: str) -> None:
+    """Grouped heads, norms of queries and keys, windows, soft caps, learned positions; padding on either side."""
+    small = small_checkpoint(tiny(family))
+    found = parity.judge_candidate(FUSED, small, parity.references(small))
+    assert found.passed, found.reason
+    assert found.margin <= LIMIT
+    kinds = [node.op_type for node in built(FUSED, small).model.graph]
+    layers = int(small.hyper["layers"])
+    assert kinds.count("GroupQueryAttention") == layers
+    assert "Attention" not in kinds
+    # RMSNormalization that stays reads no sum: the first one, and those behind a projection (gemma, qwen3).
+    rms = family != "opt"
+    assert kinds.count("SkipSimplifiedLayerNormalization") == (2 * layers if rms else 0)
+
+
+class AsBuildersDo(FusedCandidate):
+    """Row lengths from the mask and no bias, as onnxruntime-genai's builder writes it."""
+
+    def build(self, *arguments: Any) -> Skeleton:
+        import onnx_ir as ir
+
+        skeleton = super().build(*arguments)
+        graph = skeleton.model.graph
+        mask = next(value for value in graph.inputs if value.name == "attention_mask")
+        one, axis = (ir.tensor(np.array(n, np.int64), name=f"b{i}") for i, n in enumerate((1, [1])))
+        values = [ir.Value(name=t.name, const_value=t, type=ir.TensorType(t.dtype), shape=t.shape) for t in (one, axis)]
+        for value in values:
+            graph.register_initializer(value)
+        count = ir.node("ReduceSum", [mask, values[1]], {"keepdims": 0})
+        last = ir.node("Sub", [count.outputs[0], values[0]])
+        narrow = ir.node("Cast", [last.outputs[0]], {"to": 6})
+        graph.insert_before(graph[0], [count, last, narrow])
+        for node in graph:
+            if node.op_type == "GroupQueryAttention":
+                node.replace_input_with(5, narrow.outputs[0])
+                node.replace_input_with(10, None)
+        return skeleton
+
+
+def test_row_lengths_from_the_mask_are_found_out(tiny: Tiny) -> None:
+    """Right without padding, wrong under left padding: the judge refuses it for that."""
+    small = small_checkpoint(tiny("llama"))
+    found = parity.judge_candidate(AsBuildersDo(DirectCandidate()), small, parity.references(small))
+    assert not found.passed
+    wrong = {name for name, value in found.cases if not value <= LIMIT}
+    assert {name.split(" ", 1)[1] for name in wrong} == {"left padding logits", "decode after left padding logits"}
+
+
+def test_encoders_have_nothing_to_fuse(tiny: Tiny) -> None:
+    with pytest.raises(Unsupported, match="no attention with a cache"):
+        built(FUSED, small_checkpoint(tiny("bert")))
+
+
+def test_only_grouped_attention_shares_its_cache(tiny: Tiny) -> None:
+    small = small_checkpoint(tiny("llama"))
+    assert shares_cache(built(FUSED, small).model.graph)
+    assert not shares_cache(built(DirectCandidate(), small).model.graph)
