@@ -100,12 +100,9 @@ def model_fields(checkpoint: Checkpoint, context: int | None = None) -> dict[str
         "context_length": Field("u32", length),
         "embedding_length": Field("u32", hyper["hidden"]),
         "block_count": Field("u32", hyper["layers"]),
-        "feed_forward_length": Field("u32", hyper["ffn"]),
-        "attention.head_count": Field("u32", hyper["heads"]),
-        "attention.head_count_kv": Field("u32", hyper.get("kv_heads", hyper["heads"])),
-        "attention.key_length": Field("u32", head_dim(hyper)),
-        "attention.value_length": Field("u32", head_dim(hyper)),
+        "feed_forward_length": Field("u32", hyper.get("ffn", 0)),
         gguf["norm_key"]: Field("f32", hyper["norm_eps"]),
+        **_attention(hyper),
     }
     if gguf["rope"] != "none":
         fields |= rope(config, {**hyper, "head_dim": head_dim(hyper)}, gguf).fields
@@ -120,6 +117,18 @@ def model_fields(checkpoint: Checkpoint, context: int | None = None) -> dict[str
     if "token_types" in hyper:
         prefixed["tokenizer.ggml.token_type_count"] = Field("u32", hyper["token_types"])
     return prefixed
+
+
+def _attention(hyper: Mapping[str, Any]) -> dict[str, Field]:
+    """Heads and their sizes; none in a model without attention."""
+    if "heads" not in hyper:
+        return {"attention.head_count": Field("u32", 0)}
+    return {
+        "attention.head_count": Field("u32", hyper["heads"]),
+        "attention.head_count_kv": Field("u32", hyper.get("kv_heads", hyper["heads"])),
+        "attention.key_length": Field("u32", head_dim(hyper)),
+        "attention.value_length": Field("u32", head_dim(hyper)),
+    }
 
 
 def gguf_section(checkpoint: Checkpoint) -> Mapping[str, Any]:

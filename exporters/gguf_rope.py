@@ -58,7 +58,7 @@ def rope(config: Mapping[str, Any], hyper: Mapping[str, Any], gguf: Mapping[str,
         factors = {"rope_freqs.weight": llama3_factors(given, base, width)}
         return Rope(fields | _scaling({"type": Field("str", "none")}), factors)
     if kind == "yarn":
-        return Rope(fields | _scaling(_yarn(given, hyper)))
+        return Rope(fields | _scaling(_yarn(given, hyper, gguf)))
     if kind == "longrope":
         scaling, factors = _longrope(given, config, hyper, width)
         return Rope(fields | _scaling(scaling), factors)
@@ -118,9 +118,14 @@ def llama3_factors(given: Mapping[str, Any], base: float, width: int) -> np.ndar
     return divisor.astype(np.float32)
 
 
-def _yarn(given: Mapping[str, Any], hyper: Mapping[str, Any]) -> dict[str, Field]:
+def _yarn(given: Mapping[str, Any], hyper: Mapping[str, Any], gguf: Mapping[str, Any]) -> dict[str, Field]:
     factor = _need(given, "factor")
     assumed = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "mscale": None, "mscale_all_dim": None}
+    more = {}
+    if gguf.get("yarn_mscale") and given.get("mscale_all_dim"):
+        # The loader takes a tenth of mscale_all_dim, and assumes that rotation itself is not scaled.
+        more["yarn_log_multiplier"] = Field("f32", 0.1 * float(given["mscale_all_dim"]))
+        assumed |= {"mscale": given["mscale_all_dim"], "mscale_all_dim": given["mscale_all_dim"]}
     for key, value in assumed.items():
         if key in given and given[key] != value:
             raise Unsupported(f"llama.cpp computes YaRN with {key} = {value}, config.json says {given[key]!r}")
@@ -134,6 +139,7 @@ def _yarn(given: Mapping[str, Any], hyper: Mapping[str, Any]) -> dict[str, Field
         "type": Field("str", "yarn"),
         "factor": Field("f32", factor),
         "original_context_length": Field("u32", original),
+        **more,
     }
 
 

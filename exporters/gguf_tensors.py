@@ -6,7 +6,7 @@ Everything is done on codes and floats alike: a permutation of rows moves whole 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +97,30 @@ def _is_tied_head(checkpoint: Checkpoint, info: TensorInfo) -> bool:
 # --- transforms -------------------------------------------------------------------------------------------------
 
 
+def _in_double(function: np.ufunc, x: np.ndarray) -> np.ndarray:
+    """float32, rounded from float64: a float32 exponential differs from CPU to CPU."""
+    return function(x.astype(np.float64)).astype(np.float32)
+
+
+Formula = Callable[[np.ndarray, Mapping[str, Any]], np.ndarray]
+# Transforms of values: there and back.
+FORMULAS: dict[str, tuple[Formula, Formula]] = {
+    "plus_one": (lambda x, _: x + np.float32(1), lambda x, _: x - np.float32(1)),
+    "minus_exp": (lambda x, _: -_in_double(np.exp, x), lambda x, _: _in_double(np.log, -x)),
+    "flat_kernel": (lambda x, _: x[:, 0], lambda x, _: x[:, None]),
+    "over_root_hidden": (
+        lambda x, hyper: x * np.float32(hyper["hidden"] ** -0.5),
+        lambda x, hyper: x * np.float32(hyper["hidden"] ** 0.5),
+    ),
+}
+
+
+def computed(weight: Dense, formula: Formula, hyper: Mapping[str, Any]) -> Dense:
+    """float32 values that a formula makes of the weight's when they are asked for."""
+    shape = formula(np.zeros(weight.shape, np.float32), hyper).shape
+    return Dense(shape, "f32", lambda: formula(weight.value(), hyper))
+
+
 def turned(weight: Dense | Quantized, info: TensorInfo, hyper: Mapping[str, Any]) -> Dense | Quantized:
     """The weight after its family's transform.
 
@@ -106,10 +130,10 @@ def turned(weight: Dense | Quantized, info: TensorInfo, hyper: Mapping[str, Any]
     word = info.rule.transform
     if word is None:
         return weight
-    if word == "plus_one":
+    if word in FORMULAS:
         if isinstance(weight, Quantized):
-            raise Unsupported("a quantized norm cannot be shifted by one", tensor=info.name)
-        return Dense(weight.shape, "f32", lambda: weight.value() + np.float32(1))
+            raise Unsupported(f"the transform {word} cannot be done on codes", tensor=info.name)
+        return computed(weight, FORMULAS[word][0], hyper)
     order = row_order(word, weight.shape[0], hyper)
     if isinstance(weight, Quantized):
         return weight.take_rows(order)

@@ -147,8 +147,8 @@ def _choices(checkpoint: Checkpoint, target: Target, tensors: list[FileTensor]) 
     model = gguf_mixes.Model(
         arch=str(gguf_section(checkpoint)["arch"]),
         layers=int(hyper["layers"]),
-        heads=int(hyper["heads"]),
-        kv_heads=int(hyper.get("kv_heads", hyper["heads"])),
+        heads=int(hyper.get("heads", 0)),
+        kv_heads=int(hyper.get("kv_heads", hyper.get("heads", 0))),
         experts=int(hyper.get("experts", 0)),
         importance=target.options.get("solver", "rtn") != "rtn",
     )

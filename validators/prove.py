@@ -283,7 +283,7 @@ def decoded_checkpoint(checkpoint: Checkpoint, plan: TargetPlan, stored: Stored)
     """The checkpoint with every planned weight replaced by what the published files hold, decoded by others."""
 
     def weight(name: str, shape: tuple[int, ...]) -> Dense:
-        return Dense(shape, "f32", lambda: stored.value(name) - np.float32(stored.shift(name)))
+        return Dense(shape, "f32", lambda: stored.restored(name, stored.value(name)))
 
     planned = {
         t.name: weight(t.name, tuple(checkpoint.resolve(t.name).shape))

@@ -25,14 +25,17 @@ class Stored(Protocol):
         """Every stored tensor under its name in the file: the container's type word, and its shape."""
 
     def value(self, name: str, part: str = "") -> np.ndarray:
-        """float32 in the checkpoint's orientation and order of rows, decoded by code that is not ours, shift included.
+        """float32 in the checkpoint's orientation and order of rows, decoded by code that is not ours; see `changed`.
 
         Raises:
             Malformed: the file has no such tensor, or it cannot be decoded.
         """
 
-    def shift(self, name: str) -> float:
-        """What the container adds to this tensor (Gemma's norms in GGUF hold 1 + w)."""
+    def changed(self, name: str, values: np.ndarray) -> np.ndarray:
+        """What the container stores for these floats: themselves, or a function of them (Gemma's norms: 1 + w)."""
+
+    def restored(self, name: str, values: np.ndarray) -> np.ndarray:
+        """The inverse of `changed`, for what `value` gave."""
 
     def integers(self, name: str, part: str = "") -> Iterator[Piece] | None:
         """Codes and parameters, unpacked by our own code, rows in the checkpoint's order; None for floats."""

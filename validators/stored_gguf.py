@@ -8,12 +8,15 @@ What GGUF does to a tensor is undone here by definitions of its own:
 | rope_permute_k | the same with the key heads                                                                    |
 | qkv_by_group   | groups of query heads with their key and value head taken apart: all q, all k, all v           |
 | plus_one       | one added (Gemma's norms)                                                                      |
+| minus_exp      | -exp(w) (Mamba's A, whose logarithm the checkpoint holds)                                      |
+| flat_kernel    | (channels, 1, taps) without the middle axis                                                    |
+| over_root_hidden | divided by the root of the width (T5's last norm, for its tied head)                         |
 | experts        | one stack (experts, out, in) for all experts of a block                                        |
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,20 @@ from tightship.formats.packings.ggml import FLOAT_TYPES, unpack_ggml
 from tightship.target import TargetPlan
 from tightship.validators.integers import Piece, pieces_of
 
+_Function = Callable[[np.ndarray, int], np.ndarray]
+_FUNCTIONS: Mapping[str | None, tuple[_Function, _Function]] = {
+    "plus_one": (lambda x, _: x + np.float32(1), lambda x, _: x - np.float32(1)),
+    "minus_exp": (
+        lambda x, _: -np.exp(x, dtype=np.float64).astype(np.float32),
+        lambda x, _: np.log(-x, dtype=np.float64).astype(np.float32),
+    ),
+    "flat_kernel": (lambda x, _: x.squeeze(1), lambda x, _: np.expand_dims(x, 1)),
+    "over_root_hidden": (
+        lambda x, hidden: x * np.float32(hidden**-0.5),
+        lambda x, hidden: x / np.float32(hidden**-0.5),
+    ),
+}
+
 
 class GgufStored:
     """See `stored.Stored`. `files` are the shards of one model."""
@@ -34,6 +51,7 @@ class GgufStored:
         self.checkpoint = checkpoint
         self.infos = checkpoint.infos()
         self.stored_as = {tensor.name: tensor.stored_as for tensor in plan.tensors}
+        self._hidden = int(checkpoint.hyper["hidden"])
         self._readers = [GGUFReader(path) for path in files]
         self.tensors = {tensor.name: tensor for reader in self._readers for tensor in reader.tensors}
 
@@ -47,8 +65,13 @@ class GgufStored:
         rows = self._rows(name, found.shape)
         return found if rows is None else found[rows]
 
-    def shift(self, name: str) -> float:
-        return 1.0 if self._transform(name) == "plus_one" else 0.0
+    def changed(self, name: str, values: np.ndarray) -> np.ndarray:
+        word = self._transform(name)
+        return values if word not in _FUNCTIONS else _FUNCTIONS[word][0](values.astype(np.float32), self._hidden)
+
+    def restored(self, name: str, values: np.ndarray) -> np.ndarray:
+        word = self._transform(name)
+        return values if word not in _FUNCTIONS else _FUNCTIONS[word][1](values, self._hidden)
 
     def integers(self, name: str, part: str = "") -> Iterator[Piece] | None:
         tensor = self._tensor(name, part)
@@ -78,7 +101,7 @@ class GgufStored:
     def _rows(self, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
         """Stored row of each row of the checkpoint, or None where the order is kept."""
         transform = self._transform(name)
-        if transform in (None, "plus_one"):
+        if transform is None or transform in _FUNCTIONS:
             return None
         if transform == "qkv_by_group":
             return _fused_rows(shape[0], int(self.checkpoint.hyper["heads"]), int(self.checkpoint.hyper["kv_heads"]))

@@ -59,8 +59,11 @@ class OnnxStored:
             raise Malformed(f"as a {' and as a '.join(found)} it has different values", tensor=name)
         return first
 
-    def shift(self, name: str) -> float:  # noqa: ARG002 - this container adds nothing
-        return 0.0
+    def changed(self, name: str, values: np.ndarray) -> np.ndarray:  # noqa: ARG002 - this container changes nothing
+        return values
+
+    def restored(self, name: str, values: np.ndarray) -> np.ndarray:  # noqa: ARG002 - this container changes nothing
+        return values
 
     def integers(self, name: str, part: str = "") -> Iterator[Piece] | None:
         runs = sorted(self._runs(name, part).items(), key=lambda item: item[0] or (0, 0))

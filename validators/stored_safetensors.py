@@ -52,8 +52,11 @@ class SafetensorsStored:
         info = self.infos.get(name)
         return found.T if info is not None and info.rule.transposed else found
 
-    def shift(self, name: str) -> float:  # noqa: ARG002 - this container adds nothing
-        return 0.0
+    def changed(self, name: str, values: np.ndarray) -> np.ndarray:  # noqa: ARG002 - this container changes nothing
+        return values
+
+    def restored(self, name: str, values: np.ndarray) -> np.ndarray:  # noqa: ARG002 - this container changes nothing
+        return values
 
     def integers(self, name: str, part: str = "") -> Iterator[Piece] | None:
         key = f"{name}{part}"

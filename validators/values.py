@@ -6,7 +6,8 @@ times its scales. What the file holds is never taken from memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,16 +96,17 @@ def parts_of(weight: Weight, prefix: str = "") -> Iterator[tuple[str, Dense | Qu
         yield prefix, weight
 
 
-def expected_value(weight: Dense | Quantized, stored_type: str, shift: float = 0.0) -> np.ndarray:
+def expected_value(
+    weight: Dense | Quantized, stored_type: str, changed: Callable[[np.ndarray], np.ndarray] | None = None
+) -> np.ndarray:
     """float32 of what must be stored: decoded codes, or floats cast to `stored_type` (nearest, ties to even).
 
-    `shift` is added in float32 before the cast (Gemma's norms in GGUF).
+    `changed` is what the container does to floats before the cast (Gemma's norms in GGUF: one is added).
     """
     if isinstance(weight, Quantized):
         return weight.value()
     data = weight.read()
-    if shift:
-        data = data.astype(np.float32) + np.float32(shift)
+    data = changed(data) if changed else data
     if stored_type in dtypes.BY_NAME and dtypes.dtype(stored_type).is_float and dtypes.of_array(data).is_float:
         with np.errstate(over="ignore"):
             data = data.astype(dtypes.dtype(stored_type).numpy)
@@ -113,7 +115,7 @@ def expected_value(weight: Dense | Quantized, stored_type: str, shift: float = 0
 
 def _compare(tally: _Tally, plan: TensorPlan, part: str, weight: Dense | Quantized) -> None:
     found = tally.stored.value(plan.name, part)
-    expected = expected_value(weight, plan.layout, tally.stored.shift(plan.name))
+    expected = expected_value(weight, plan.layout, functools.partial(tally.stored.changed, plan.name))
     tally.elements += expected.size
     if plan.name in tally.linears:
         tally.zeros += int(np.count_nonzero(found == 0))

@@ -39,6 +39,8 @@ class TensorRule:
         transposed: stored (in, out) on disk (GPT-2's Conv1D); turned on opening and turned back on writing.
         transform: what GGUF wants done, a word the GGUF exporter knows (`rope_permute_q`, `plus_one`, ...).
         when: config keys and the values under which the tensor exists; a key that is not in the config has value None.
+        unless: the same, for values under which it does not.
+        blocks: the first block that has it and the first after it, as expressions; every block where left out.
     """
 
     disk: str
@@ -50,6 +52,8 @@ class TensorRule:
     transposed: bool = False
     transform: str | None = None
     when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    unless: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    blocks: tuple[str, str] = ("0", "layers")
 
 
 @dataclass(frozen=True)
@@ -122,10 +126,10 @@ class Architecture:
         """Every tensor a checkpoint with this config may hold, in table order, blocks ascending."""
         hyper = self.hyper(config)
         for rule in self.tensors:
-            if not holds(rule.when, config):
+            if not holds(rule.when, config) or (rule.unless and holds(rule.unless, config)):
                 continue
             shape = tuple(int(literal(term, hyper)) for term in rule.shape)
-            blocks = range(int(hyper["layers"])) if "{i}" in rule.disk else [None]
+            blocks = range(*(int(literal(end, hyper)) for end in rule.blocks)) if "{i}" in rule.disk else [None]
             experts = range(int(hyper.get("experts", 0))) if "{e}" in rule.disk else [None]
             for block in blocks:
                 for expert in experts:
@@ -164,7 +168,7 @@ class Architecture:
     def _refuse(self, rules: Iterable[Mapping[str, Any]], config: Mapping[str, Any], where: str) -> None:
         for rule in rules:
             value = _dig(config, rule["key"])
-            if value is None:
+            if value is None or not holds(rule.get("when", {}), config):
                 continue
             if not self._agrees(value, rule, config):
                 raise Unsupported(f"{self.family}: {rule['key']} = {value!r} is not supported{where}: {rule['why']}")
@@ -286,8 +290,11 @@ def build(data: Mapping[str, Any]) -> list[Architecture]:
 
 
 def _rule(data: Mapping[str, Any]) -> TensorRule:
-    when = {key: tuple(values) for key, values in data.get("when", {}).items()}
-    return TensorRule(**{**data, "shape": tuple(data["shape"]), "when": when})
+    conditions = {
+        word: {key: tuple(values) for key, values in data.get(word, {}).items()} for word in ("when", "unless")
+    }
+    blocks = tuple(data.get("blocks", ("0", "layers")))
+    return TensorRule(**{**data, "shape": tuple(data["shape"]), "blocks": blocks, **conditions})
 
 
 def _variant(whole: Architecture, data: Mapping[str, Any]) -> Architecture:

@@ -197,15 +197,15 @@ def _weights(architecture: Architecture, config: Mapping[str, Any], tensors: Map
 
 def _back(weight: Dense | Quantized, info: TensorInfo, hyper: Mapping[str, Any]) -> Dense | Quantized:
     """The weight in the checkpoint's order: one expert of a stack, rows put back, a shift taken off."""
-    from tightship.exporters.gguf_tensors import row_order
+    from tightship.exporters.gguf_tensors import FORMULAS, computed, row_order
 
     if info.expert is not None:
         weight = _expert(weight, info)
     word = info.rule.transform
     if word is None:
         return weight
-    if word == "plus_one":
-        return Dense(weight.shape, "f32", lambda: weight.value() - np.float32(1))
+    if word in FORMULAS:
+        return computed(weight, FORMULAS[word][1], hyper)
     order = np.argsort(row_order(word, weight.shape[0], hyper))
     if isinstance(weight, Quantized):
         return weight.take_rows(order)

@@ -42,6 +42,10 @@ MPT = {"vocab_size": 512, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_l
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 SHARED = {**EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
+LATENT = {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
+LATENT |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 2, "moe_intermediate_size": 32}
+LATENT |= {"num_key_value_heads": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+MSCALE = {"mscale": 0.7, "mscale_all_dim": 0.7}
 SCALES = {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 3.0}
 NEOX = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
 SPECIAL = {f"{kind}_token_id": 0 for kind in ("pad", "bos", "eos", "cls", "sep")}
@@ -77,6 +81,17 @@ EXACT: dict[str, tuple[str, dict[str, Any]]] = {
         "Glm4ForCausalLM",
         {**SIZES, "pad_token_id": 0, "head_dim": 16, "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
     ),
+    "deepseek2": ("DeepseekV2ForCausalLM", {**SIZES, **LATENT, "routed_scaling_factor": 3.0}),
+    "deepseek2-lite": (
+        "DeepseekV2ForCausalLM",
+        {**SIZES, **LATENT, "q_lora_rank": None, "num_hidden_layers": 27, "rope_parameters": {**YARN, **MSCALE}},
+    ),
+    "deepseek3": ("DeepseekV3ForCausalLM", {**SIZES, **LATENT, "rope_parameters": {**YARN, **MSCALE}}),
+    "deepseek3-groups": (
+        "DeepseekV3ForCausalLM",
+        {**SIZES, **LATENT, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "norm_topk_prob": False},
+    ),
+    "mamba": ("MambaForCausalLM", {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
     "nomic-bert": ("NomicBertModel", NEOX),
     "phi3": ("Phi3ForCausalLM", {**SIZES, "pad_token_id": 0, "sliding_window": None}),
     "phi3-longrope": ("Phi3ForCausalLM", {**SIZES, "pad_token_id": 0, "sliding_window": None, "rope_parameters": LONG}),

@@ -210,7 +210,7 @@ def test_expected_value_casts_to_nearest_even() -> None:
     exact = np.array([1.0, 1.00390625, 1.01171875], np.float32)  # the last two lie halfway between bfloat16 values
     assert expected_value(Dense.of(exact), "bf16").tolist() == [1.0, 1.0, 1.015625]
     assert expected_value(Dense.of(exact), "f32").tolist() == exact.tolist()
-    assert expected_value(Dense.of(exact), "f32", 1.0).tolist() == [2.0, 2.00390625, 2.01171875]
+    assert expected_value(Dense.of(exact), "f32", lambda x: x + 1).tolist() == [2.0, 2.00390625, 2.01171875]
 
 
 def test_difference_says_how() -> None:
