@@ -14,6 +14,7 @@ from tightship.suggest import did_you_mean
 _MODULES = (
     "drop_layers",
     "prune",
+    "prune_quantize",
     "low_rank",
     "imatrix",
     "smooth",

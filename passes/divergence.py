@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tightship.blocks import batch_windows
 from tightship.modelview import ModelView
 
 _TOKENS = 2048
@@ -23,14 +24,14 @@ class Yardstick:
         self._view = view
         self._logits = True
         width = int(view.checkpoint.hyper.get("vocab", 1))
-        self._windows = _some(windows, min(_TOKENS, max(1, _ELEMENTS // width)))
-        self._before = [self._outputs(window) for window in self._windows]
+        self._windows = batch_windows(_some(windows, min(_TOKENS, max(1, _ELEMENTS // width))))
+        self._before = [self._outputs(windows) for windows in self._windows]
 
     def divergence(self) -> float:
         """Mean over all positions, float64; 0 where nothing changed."""
         total, count = 0.0, 0
-        for window, before in zip(self._windows, self._before, strict=True):
-            now = self._outputs(window)
+        for windows, before in zip(self._windows, self._before, strict=True):
+            now = self._outputs(windows)
             if self._logits:
                 total += float((np.exp(before, dtype=np.float64) * (before - now)).sum())
                 count += len(before)
@@ -39,12 +40,12 @@ class Yardstick:
                 count += float(np.square(before, dtype=np.float64).sum())  # type: ignore[assignment]
         return max(total / count, 0.0)
 
-    def _outputs(self, window: np.ndarray) -> np.ndarray:
-        """(positions, vocabulary) log-probabilities, or (positions, hidden)."""
-        found = self._view.outputs(window[None])
+    def _outputs(self, windows: np.ndarray) -> np.ndarray:
+        """(positions, vocabulary) log-probabilities, or (positions, hidden), of windows of one length."""
+        found = self._view.outputs(windows)
         self._logits = "logits" in found
         if not self._logits:
-            return found["last_hidden_state"].reshape(len(window), -1)
+            return found["last_hidden_state"].reshape(windows.size, -1)
         values = found["logits"].reshape(-1, found["logits"].shape[-1]).astype(np.float64)
         values -= values.max(axis=1, keepdims=True)
         values -= np.log(np.exp(values).sum(axis=1, keepdims=True))

@@ -30,7 +30,14 @@ _METHODS = {
     "wanda": "tightship.passes.prune_wanda",
     "sparsegpt": "tightship.passes.prune_sparsegpt",
 }
-_METHOD_OPTIONS = {"scope": "tensor", "schedule": "uniform", "score": None, "spread": None, "damp": None}
+_METHOD_OPTIONS = {
+    "scope": "tensor",
+    "schedule": "uniform",
+    "score": None,
+    "spread": None,
+    "trials": None,
+    "damp": None,
+}
 
 
 class PruneMethod(ABC):
@@ -38,7 +45,7 @@ class PruneMethod(ABC):
 
     Class attributes:
         needs, revision: as of a pass.
-        options: which of `scope`, `schedule`, `score`, `spread` and `damp` it has.
+        options: which of `scope`, `schedule`, `score`, `spread`, `trials` and `damp` it has.
     """
 
     needs: ClassVar[Needs] = "nothing"
@@ -69,7 +76,8 @@ class Prune(Pass):
     """See the module.
 
     `scope`: over what the count is taken. `schedule`: how the calibrated methods share a global sparsity out among
-    tensors, by which `score`, and how far shares may lie apart (`spread`); see `schedules`. `damp`: see `hessian`.
+    tensors, by which `score`, and how far shares may lie apart (`spread`); see `schedules`. `trials`: of a search.
+    `damp`: see `hessian`.
     """
 
     name: ClassVar[str] = "prune"
@@ -80,9 +88,10 @@ class Prune(Pass):
     sparsity: float | None = None
     pattern: str = "unstructured"
     scope: Literal["tensor", "row", "global"] = "tensor"
-    schedule: Literal["uniform", "log-kmeans", "owl", "water-fill"] = "uniform"
+    schedule: Literal["uniform", "log-kmeans", "owl", "water-fill", "search"] = "uniform"
     score: Literal["kl", "relative", "absolute"] | None = None
     spread: float | None = None
+    trials: int | None = None
     damp: float | None = None
 
     def __post_init__(self) -> None:
@@ -103,6 +112,8 @@ class Prune(Pass):
             raise UsageError("prune: score and spread belong to a schedule other than uniform")
         if self.spread is not None and not 0 < self.spread <= 0.5:
             raise UsageError(f"prune: spread is a difference of shares, above 0 and at most 0.5; found {self.spread}")
+        if self.trials is not None and (self.schedule != "search" or self.trials < 1):
+            raise UsageError(f"prune: trials is a count for the schedule search, found {self.trials}")
         if self.damp is not None and not 0 < self.damp <= 1:
             raise UsageError(f"prune: damp is a share of the mean diagonal, above 0 and at most 1; found {self.damp}")
         self.solver.check(self)

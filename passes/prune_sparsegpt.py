@@ -10,17 +10,17 @@ from tightship.passes.calibration import Moments
 from tightship.passes.hessian import DAMP
 from tightship.passes.prune import Prune
 from tightship.passes.prune_calibrated import CalibratedPrune
-from tightship.passes.sparsegpt import column_costs, prune_with_feedback
+from tightship.passes.sparsegpt import Sweep, column_costs, prune_with_feedback
 
 
 class SparseGpt(CalibratedPrune):
     """Zeros where w^2 / U_jj^2 is least, and the other weights of the row make good for them."""
 
-    options: ClassVar[frozenset[str]] = frozenset({"schedule", "score", "spread", "damp"})
+    options: ClassVar[frozenset[str]] = frozenset({"schedule", "score", "spread", "trials", "damp"})
 
     def pruned(self, spec: Prune, w: np.ndarray, moments: Moments, zeros: int, device: str) -> np.ndarray:
-        damp = DAMP if spec.damp is None else spec.damp
-        return prune_with_feedback(w, moments.second, zeros, groups=spec.groups, damp=damp, device=device)[0]
+        how = Sweep(spec.groups, DAMP if spec.damp is None else spec.damp, device)
+        return prune_with_feedback(w, moments.second, zeros, how)[0]
 
     def costs(self, spec: Prune, w: np.ndarray, moments: Moments) -> np.ndarray:
         return np.square(w, dtype=np.float64) * column_costs(moments.second, DAMP if spec.damp is None else spec.damp)

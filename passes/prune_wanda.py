@@ -19,7 +19,7 @@ from tightship.passes.prune_calibrated import CalibratedPrune
 class Wanda(CalibratedPrune):
     """See the module."""
 
-    options: ClassVar[frozenset[str]] = frozenset({"schedule", "score", "spread"})
+    options: ClassVar[frozenset[str]] = frozenset({"schedule", "score", "spread", "trials"})
 
     def pruned(self, spec: Prune, w: np.ndarray, moments: Moments, zeros: int, device: str) -> np.ndarray:  # noqa: ARG002
         scores = np.abs(w) * np.sqrt(moments.importance)

@@ -9,6 +9,7 @@ round(sparsity * all weights).
 | log-kmeans | S + spread * (1 - 2 rank / (k - 1)), rank of l's cluster among k clusters of log10 score          |
 | owl        | S - (r_l - mean r), r_l the outlier share scaled to [0, 2 spread]; arXiv:2310.05175               |
 | water-fill | whatever lies below one cost that is the same for all layers, within [S - 2 spread, S + 2 spread] |
+| search     | water-fill's, improved by trial (`prune_search`)                                                  |
 
 log-kmeans follows the idea of arXiv:2409.20094 (layers grouped by the logarithm of their estimated pruning loss); how
 the loss is estimated and groups become shares is our own derivation, since the paper's method section gives neither

@@ -190,7 +190,7 @@ class Quantize(Pass):
 
     def outline(self, checkpoint: Checkpoint) -> Checkpoint:
         matrices, others = self._jobs(checkpoint)
-        solved = {name: Quantized(m.layout, m.shape, _not_yet) for name, m in matrices.items()}
+        solved = {name: Quantized(m.layout, m.shape, not_yet) for name, m in matrices.items()}
         return checkpoint.with_weights(_assembled(solved) | others)
 
     def apply(self, checkpoint: Checkpoint, run: Run) -> Checkpoint:
@@ -285,5 +285,6 @@ def _check_borrowed(checkpoint: Checkpoint, name: str, weight: Alias, kinds: set
         )
 
 
-def _not_yet() -> Any:
+def not_yet() -> Any:
+    """Data of an outline: there is none."""
     raise RuntimeError("an outline has no data")

@@ -14,11 +14,14 @@ from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported, UsageError
 from tightship.modelview import ModelView
 from tightship.opening import open_checkpoint
+from tightship.passes import pass_for
 from tightship.passes.base import Run
 from tightship.passes.calibration import calibration_windows
 from tightship.passes.divergence import Yardstick
 from tightship.passes.gradients import mean_over_windows
 from tightship.passes.prune import Prune
+from tightship.passes.prune_search import all_moments, search
+from tightship.passes.stand_ins import StandIns
 
 torch = pytest.importorskip("torch")
 
@@ -92,14 +95,48 @@ def test_the_more_a_method_knows_the_less_it_loses(ember: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "score"), [("log-kmeans", "kl"), ("log-kmeans", "absolute"), ("owl", None), ("water-fill", "relative")]
+    ("schedule", "score"),
+    [("log-kmeans", "kl"), ("log-kmeans", "absolute"), ("owl", None), ("water-fill", "relative"), ("search", None)],
 )
 def test_schedules_come_to_the_global_sparsity_exactly(ember: Checkpoint, schedule: str, score: str | None) -> None:
-    spec = Prune(method="wanda", sparsity=0.7, schedule=schedule, score=score)
+    trials = 6 if schedule == "search" else None
+    spec = Prune(method="wanda", sparsity=0.7, schedule=schedule, score=score, trials=trials)
     found = matrices(spec.apply(ember, run_with()))
     zeros = {name: int((w == 0).sum()) for name, w in found.items()}
     assert sum(zeros.values()) == round(0.7 * sum(w.size for w in found.values()))
     assert len({round(zeros[name] / w.size, 3) for name, w in found.items()}) > 1
+
+
+def test_a_search_ends_nearer_to_the_original_than_it_began(ember: Checkpoint) -> None:
+    spec = Prune(method="wanda", sparsity=0.7, schedule="search", trials=24)
+    begin = {name: round(0.7 * w.size) for name, w in matrices(ember).items()}
+    found = search(spec.solver, spec, ember, run_with(), begin)  # type: ignore[arg-type]
+    assert sum(found.values()) == sum(begin.values())
+    windows = calibration_windows(ember, run_with())
+    moments = all_moments(ember, run_with(), set(begin), windows)
+    ends = []
+    for shares in (begin, found):
+        model = StandIns(ember, windows, run_with())
+        for name, zeros in shares.items():
+            w = ember.weights[name].value()  # type: ignore[union-attr]
+            model.put(name, spec.solver.pruned(spec, w, moments[name], zeros, "cpu"))  # type: ignore[attr-defined]
+        ends.append(model.divergence())
+    assert ends[1] < ends[0]
+
+
+def test_pruned_and_rounded_in_one_pass(ember: Checkpoint) -> None:
+    step = pass_for("prune-quantize", {"sparsity": 0.6, "layout": "int4"})
+    step.requires(ember)
+    outline, result = step.outline(ember), step.apply(ember, run_with())
+    for name, w in matrices(result).items():
+        assert result.weights[name].layout == outline.weights[name].layout  # type: ignore[union-attr]
+        assert (w == 0).sum() >= round(0.6 * w.size), name
+
+
+@pytest.mark.parametrize(("options", "word"), [({"layout": "q4_k"}, "zero"), ({"layout": "int4-g48"}, "blocks")])
+def test_grids_that_cannot_be_swept(ember: Checkpoint, options: dict[str, Any], word: str) -> None:
+    with pytest.raises(Unsupported, match=word):
+        pass_for("prune-quantize", {"sparsity": 0.6, **options}).requires(ember)
 
 
 def test_a_killed_run_keeps_its_survey(ember: Checkpoint, tmp_path: Path) -> None:
@@ -154,7 +191,7 @@ def test_experts_turned_and_fused_matrices(family: str, method: str, tiny: Calla
     checkpoint = tiny(family)
     windows = list(np.random.default_rng(0).integers(0, 96, (6, 32)))
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("calibration", "prune_calibrated", "prune_gradient"):
+        for module in ("calibration", "prune_survey", "prune_gradient"):
             patch.setattr(f"tightship.passes.{module}.calibration_windows", lambda *_: windows)
         schedule = {} if method == "sensitivity" else {"schedule": "log-kmeans"}
         result = Prune(method=method, sparsity=0.5, **schedule).apply(checkpoint, run_with())
@@ -181,6 +218,7 @@ def test_an_encoder_without_a_vocabulary_has_no_gradients(tiny: Callable[[str], 
         ({"method": "sparsegpt", "sparsity": 0.5, "schedule": "owl", "spread": 0.7}, "spread"),
         ({"method": "sparsegpt", "pattern": "2:4", "schedule": "owl"}, "schedule"),
         ({"method": "sparsegpt", "sparsity": 0.5, "damp": 0.0}, "damp"),
+        ({"method": "sparsegpt", "sparsity": 0.5, "schedule": "owl", "trials": 5}, "trials"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], word: str) -> None:

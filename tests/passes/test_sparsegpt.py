@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tightship.formats.layouts import parse_layout
 from tightship.passes.hessian import loss
 from tightship.passes.masks import lowest_in_rows
-from tightship.passes.sparsegpt import column_costs, prune_with_feedback
+from tightship.passes.quantize.feedback import Feedback, round_with_feedback
+from tightship.passes.sparsegpt import Sweep, column_costs, prune_and_round, prune_with_feedback
 
 pytest.importorskip("torch")
 
@@ -23,10 +25,10 @@ def problem(cols: int = 256, rows: int = 24) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("groups", [None, (2, 4), (4, 8)])
 def test_the_sum_of_errors_is_the_loss(groups: tuple[int, int] | None) -> None:
     w, second = problem()
-    pruned, errors = prune_with_feedback(w, second, w.size // 2, groups=groups)
+    pruned, errors = prune_with_feedback(w, second, w.size // 2, Sweep(groups))
     damped = second + 0.01 * np.mean(np.diagonal(second)) * np.eye(len(second))
     assert errors == pytest.approx(loss(pruned - w, damped), rel=1e-4)
-    pruned, errors = prune_with_feedback(w, second, w.size // 2, groups=groups, damp=1e-4)
+    pruned, errors = prune_with_feedback(w, second, w.size // 2, Sweep(groups, damp=1e-4))
     assert errors == pytest.approx(loss(pruned - w, second), rel=0.05)
 
 
@@ -40,7 +42,7 @@ def test_exactly_as_many_zeros_as_asked_for(zeros: int) -> None:
 @pytest.mark.parametrize(("keep", "group"), [(2, 4), (1, 4), (4, 8), (3, 32)])
 def test_patterns_hold_in_every_group(keep: int, group: int) -> None:
     w, second = problem()
-    pruned, _ = prune_with_feedback(w, second, 0, groups=(keep, group))
+    pruned, _ = prune_with_feedback(w, second, 0, Sweep((keep, group)))
     assert ((pruned.reshape(-1, group) != 0).sum(axis=1) == keep).all()
 
 
@@ -82,3 +84,28 @@ def test_better_than_wanda_and_magnitude_unless_the_moments_are_another_layers()
     losses["control"] = loss(w - prune_with_feedback(w, other, w.size // 2)[0], second)
     assert losses["sparsegpt"] < 0.5 * losses["wanda"]
     assert losses["wanda"] < losses["magnitude"] < losses["control"]
+
+
+@pytest.mark.parametrize(
+    ("word", "groups"), [("int4", None), ("int4-g64-asym", (2, 4)), ("int8-channel", None), ("q6_k", (2, 4))]
+)
+def test_the_joint_sweep_keeps_its_zeros_and_its_accounts(word: str, groups: tuple[int, int] | None) -> None:
+    w, second = problem()
+    layout = parse_layout(word)
+    arrays, errors = prune_and_round(w, second, w.size // 2, layout, Sweep(groups))
+    values = layout.values(arrays)
+    damped = second + 0.01 * np.mean(np.diagonal(second)) * np.eye(len(second))
+    assert errors == pytest.approx(loss(values - w, damped), rel=1e-4)
+    if groups:
+        assert ((values.reshape(-1, groups[1]) != 0).sum(axis=1) <= groups[0]).all()
+    assert (values == 0).sum() >= w.size // 2
+
+
+def test_one_sweep_beats_two() -> None:
+    """Pruned, then rounded with feedback that keeps the zeros, against both at once; same grid, same order."""
+    w, second = problem()
+    layout = parse_layout("int4")
+    joint = layout.values(prune_and_round(w, second, w.size // 2, layout)[0])
+    pruned, _ = prune_with_feedback(w, second, w.size // 2)
+    rounded = round_with_feedback(pruned, second, layout, Feedback(actorder=False), keep_zeros=True)
+    assert loss(joint - w, second) < loss(layout.values(rounded) - w, second)

@@ -1,0 +1,73 @@
+"""What schedules want to know of each matrix, on the unpruned model.
+
+The survey walks the model once. Of each matrix it notes what zeroing a weight is predicted to cost, how many outliers
+it has, and, for the score `kl`, what the model's output loses when this matrix alone is pruned.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tightship.blocks import walk_blocks
+from tightship.checkpoint import Checkpoint
+from tightship.modelview import ModelView
+from tightship.passes.base import Run
+from tightship.passes.calibration import Moments, MomentSums, calibration_windows
+from tightship.passes.hessian import loss
+from tightship.passes.masks import finite
+from tightship.passes.schedules import Layer
+from tightship.passes.stand_ins import StandIns
+
+if TYPE_CHECKING:
+    from tightship.passes.prune import Prune
+    from tightship.passes.prune_calibrated import CalibratedPrune
+
+_OUTLIER = 5.0  # times the layer's mean score; M of arXiv:2310.05175
+_QUANTILES = 257
+
+
+def survey(method: CalibratedPrune, spec: Prune, checkpoint: Checkpoint, run: Run) -> dict[str, Layer]:
+    """Facts by on-disk name, in the order of the blocks."""
+    windows = calibration_windows(checkpoint, run)
+    tensors = spec.tensors(checkpoint)
+    wants_kl = spec.score in (None, "kl") and spec.schedule != "owl"
+    alone = StandIns(checkpoint, windows, run) if wants_kl else None
+    layers: dict[str, Layer] = {}
+    for step in walk_blocks(ModelView(checkpoint, threads=run.threads, device=run.device), windows):
+        run.progress("survey of blocks", step.index, int(checkpoint.hyper["layers"]))
+        names = [name for name in step.linears if name in tensors]
+        sums = MomentSums(full=True)
+        step.observe(sums)
+        found = {}
+        for name in names:
+            w = finite(name, step.read(name))
+            moments = sums.of(name, w.shape[1])
+            hurt = None
+            if alone is not None:
+                zeros = round((spec.sparsity or 0.0) * w.size)
+                whole = alone.put(name, method.pruned(spec, w, moments, zeros, run.device))
+                hurt = alone.divergence()
+                alone.put(name, whole)
+            found[name] = _measure(method, spec, w, moments, hurt)
+        # Outliers are counted over whole blocks, as in OWL.
+        share = sum(f.outliers * f.size for f in found.values()) / max(1, sum(f.size for f in found.values()))
+        layers |= {n: Layer(f.size, f.score, share, f.costs) for n, f in found.items()}
+    return layers
+
+
+def _measure(method: CalibratedPrune, spec: Prune, w: np.ndarray, moments: Moments, hurt: float | None) -> Layer:
+    """`hurt`: divergence of the model when this matrix alone is pruned, for the score `kl`."""
+    costs = method.costs(spec, w, moments)
+    curve = np.quantile(costs, np.linspace(0, 1, _QUANTILES))
+    predicted = float(costs[costs <= np.quantile(costs, spec.sparsity or 0.0)].sum())
+    scale = 1.0
+    if spec.score == "relative":
+        scale = 1.0 / (loss(w, moments.second) or 1.0)
+    elif hurt is not None:
+        scale = hurt / (predicted or 1.0)
+    flows = np.abs(w) * np.sqrt(np.diagonal(moments.second))
+    outliers = float((flows > _OUTLIER * flows.mean()).mean())
+    value = hurt / w.size if hurt is not None else float(costs.mean()) * scale
+    return Layer(w.size, value, outliers, curve * scale)
