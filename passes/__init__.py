@@ -13,6 +13,7 @@ from tightship.suggest import did_you_mean
 
 _MODULES = (
     "drop_layers",
+    "prune_structured",
     "prune",
     "prune_quantize",
     "low_rank",

@@ -55,6 +55,25 @@ def inverse_factor(second: np.ndarray, damp: float, device: str = "cpu") -> torc
     return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).contiguous()
 
 
+def damped(second: np.ndarray, damp: float) -> np.ndarray:
+    """S + damp * mean(diag S) * I, (n, n) float64; the identity where nothing was seen at all.
+
+    Raises:
+        NotPositive: some direction is still without weight.
+    """
+    mean = float(np.diagonal(second).mean())
+    if mean == 0:
+        return np.eye(len(second))
+    found = second.astype(np.float64) + damp * mean * np.eye(len(second))
+    try:
+        np.linalg.cholesky(found)
+    except np.linalg.LinAlgError as error:
+        raise NotPositive(
+            "the calibration moments are not positive definite", hint="more calibration text, or a larger `damp`"
+        ) from error
+    return found
+
+
 def loss(difference: np.ndarray, second: np.ndarray) -> float:
     """tr(D S D^T): mean square of the change of the outputs, summed over outputs. D (out, in), S (in, in)."""
     wide = difference.astype(np.float64)

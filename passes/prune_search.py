@@ -11,7 +11,7 @@ The moments of all matrices are in memory, and the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,9 +69,7 @@ def search(
     return found
 
 
-def all_moments(
-    checkpoint: Checkpoint, run: Run, names: set[str], windows: tuple[np.ndarray, ...]
-) -> dict[str, Moments]:
+def all_moments(checkpoint: Checkpoint, run: Run, names: set[str], windows: Sequence[np.ndarray]) -> dict[str, Moments]:
     """What reaches each matrix in the model as it is."""
     found: dict[str, Moments] = {}
     for step in walk_blocks(ModelView(checkpoint, threads=run.threads, device=run.device), windows):

@@ -88,6 +88,7 @@ class Architecture:
     base_prefix: str = ""
     renames: tuple[tuple[str, str], ...] = ()
     packed_note: str | None = None
+    prunable: Mapping[str, Any] = field(default_factory=dict)
 
     def hyper(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Canonical hyper-parameters of a concrete config.json.
@@ -285,6 +286,7 @@ def build(data: Mapping[str, Any]) -> list[Architecture]:
         base_prefix=prefix,
         renames=tuple((a, b) for a, b in data.get("renames", ())),
         packed_note=data.get("packed_note"),
+        prunable=data.get("prunable", {}),
     )
     return [whole, *(_variant(whole, variant) for variant in data.get("variants", ()))]
 

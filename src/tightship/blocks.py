@@ -41,7 +41,10 @@ class BlockStep:
     Attributes:
         index: block number.
         linears: on-disk names of its matrices, table order; tied ones are left to their owner.
+        routers: on-disk names of the matrices that choose among experts.
     """
+
+    routers: tuple[str, ...] = ()
 
     def __init__(self, walk: BlockWalk, index: int) -> None:
         self._walk = walk
@@ -51,6 +54,11 @@ class BlockStep:
             info.name
             for info in walk.checkpoint.linears()
             if info.name.startswith(prefix) and not isinstance(walk.checkpoint.weights[info.name], Alias)
+        )
+        self.routers = tuple(
+            info.name
+            for info in walk.infos.values()
+            if info.rule.kind == "router" and info.name.startswith(prefix) and info.name in walk.addresses
         )
 
     def read(self, name: str) -> np.ndarray:
@@ -82,9 +90,7 @@ class BlockStep:
             seen.update(names)
             observer(names, x)
 
-        with self._walk.view.computing(), multiplications(self._factors(), note):
-            for batch in self._walk.batches:
-                self._walk.run(self.index, batch)
+        self._show(self.linears, note)
         # An expert that no token reached is no fault; a whole role that nobody multiplied is.
         infos = self._walk.infos
         silent = {infos[n].rule.role for n in self.linears} - {infos[n].rule.role for n in seen}
@@ -92,19 +98,28 @@ class BlockStep:
             name = next(n for n in self.linears if infos[n].rule.role in silent)
             raise Unsupported("the inputs of this matrix cannot be observed in transformers' module", tensor=name)
 
+    def observe_routers(self, observer: Observer) -> None:
+        """As `observe`, of the matrices that choose among experts."""
+        self._show(self.routers, observer)
+
+    def _show(self, names: Sequence[str], observer: Observer) -> None:
+        with self._walk.view.computing(), multiplications(self._factors(names), observer):
+            for batch in self._walk.batches:
+                self._walk.run(self.index, batch)
+
     def _view(self, name: str) -> torch.Tensor:
         view = self._walk.addresses[name].view(self._walk.module)
         return view.T if self._walk.infos[name].rule.transposed else view
 
-    def _factors(self) -> dict[int, tuple[str, ...]]:
+    def _factors(self, names: Sequence[str]) -> dict[int, tuple[str, ...]]:
         """Address in memory of each matrix as it is multiplied -> names fused in it."""
         fused: dict[tuple[str, int | None], list[str]] = {}
-        for name in self.linears:
+        for name in names:
             fused.setdefault(self._walk.addresses[name].factor, []).append(name)
         pointers = {}
-        for (parameter, expert), names in fused.items():
+        for (parameter, expert), together in fused.items():
             data = self._walk.module.get_parameter(parameter).data
-            pointers[(data if expert is None else data[expert]).data_ptr()] = tuple(names)
+            pointers[(data if expert is None else data[expert]).data_ptr()] = tuple(together)
         return pointers
 
 
@@ -131,7 +146,7 @@ class Tail(BlockStep):
             if not missing:
                 raise Enough
 
-        with self._walk.view.computing(), multiplications(self._factors(), note):
+        with self._walk.view.computing(), multiplications(self._factors(self.linears), note):
             for batch in self._walk.batches:
                 missing.update(self.linears)
                 with replaced(self._walk.blocks, self._passing(batch)):

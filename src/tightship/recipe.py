@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -20,7 +21,8 @@ from tightship.suggest import did_you_mean
 from tightship.target import CONTAINERS, Target
 
 _PLAIN_SCHEMES = frozenset({"f32", "f16", "bf16", "fp32", "fp16"})
-_MAKES_A_GRID = frozenset({"quantize", "qat"})
+_SUPER_BLOCKS = re.compile(r"_k|^iq(?!4_nl)|^tq")  # layouts of 256 columns a block
+_MAKES_A_GRID = frozenset({"quantize", "prune-quantize", "qat"})
 SELF = "self"
 
 
@@ -145,6 +147,12 @@ class Recipe:
     def default_solver(self) -> str:
         """What quantizes where nothing is said: `--solver`; else `importance` with calibration text, `rtn` without."""
         return self.solver or ("importance" if self.calibration else "rtn")
+
+    def width_multiple(self) -> int:
+        """What widths of matrices should be multiples of: a K-quant's block where one is asked for, else 32."""
+        words = [t.scheme or "" for t in self.targets if t.container == "gguf"]
+        words += [str(step.options.get("layout", "")) for step in self.passes]
+        return 256 if any(_SUPER_BLOCKS.search(word.lower()) for word in words) else 32
 
     def path(self, text: str) -> str:
         """A path of the recipe as one that can be opened: relative ones start at the recipe's directory.

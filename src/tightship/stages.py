@@ -75,6 +75,8 @@ def make_stages(recipe: Recipe, *, allow_order: bool = False) -> tuple[list[Stag
         options = dict(step.options)
         if step.use == "quantize":
             options = _with_solver(options, recipe)
+        if step.use == "prune-structured":
+            options = {"multiple": recipe.width_multiple(), **options}
         where = f"passes[{number}]"
         work = pass_for(step.use, options, where, recipe.path)
         _check_inputs(step, work, where)

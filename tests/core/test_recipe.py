@@ -112,6 +112,12 @@ def test_a_quantizing_scheme_after_quantization_is_refused() -> None:
     assert Recipe.from_flags("m", quantize="int4", to=["onnx:fp16"]).targets[0].id == "onnx-fp16"
 
 
+def test_widths_follow_the_widest_block_that_is_asked_for() -> None:
+    for to, multiple in (("gguf:q4_k_m", 256), ("gguf:iq2_xs", 256), ("gguf:iq4_nl", 32), ("gguf:q8_0", 32)):
+        assert Recipe.from_flags("m", to=[to, "onnx"]).width_multiple() == multiple
+    assert Recipe.from_flags("m", quantize="q6_k", to=["onnx"]).width_multiple() == 256
+
+
 def test_include_needs_quantize() -> None:
     with pytest.raises(UsageError, match="--include"):
         Recipe.from_flags("m", include=["head"], to=["gguf"])
