@@ -78,7 +78,8 @@ def small_config(real: Checkpoint) -> dict[str, Any]:
         "grouped_kv_heads": small_kv,
         "head_dim": 2 * HEAD_DIM if wide else HEAD_DIM,
         "ffn": FFN,
-        "moe_ffn": FFN // 2,
+        "expert_ffn": FFN // 2,
+        "shared_ffn": FFN // 2,
         "vocab": VOCABULARY,
         "context": CONTEXT,
     }
@@ -109,7 +110,7 @@ def _set(config: dict[str, Any], alternatives: Any, value: Any) -> None:
 
 
 def _shrink_bounds(config: dict[str, Any]) -> None:
-    for key in ("sliding_window", "attention_window", "local_attention"):
+    for key in ("sliding_window", "attention_window", "local_attention", "window_size"):
         if isinstance(config.get(key), int):
             config[key] = min(config[key], WINDOW)
     for key, cap in (("attn_logit_softcapping", ATTENTION_CAP), ("final_logit_softcapping", LOGIT_CAP)):

@@ -16,4 +16,4 @@ def candidates(*, fused: bool = False) -> tuple[Candidate, ...]:
     from tightship.exporters.onnx_candidates.mobius_graphs import MobiusCandidate
 
     first = (FusedCandidate(DirectCandidate()),) if fused else ()
-    return (*first, MobiusCandidate(), DirectCandidate(), CaptureCandidate())
+    return (*first, DirectCandidate(), MobiusCandidate(), CaptureCandidate())

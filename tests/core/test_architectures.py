@@ -129,6 +129,12 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
         for head in ("ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice")
     ),
 ]
+ONNX = json.loads((Path(__file__).resolve().parents[1] / "data" / "onnx_models.json").read_text())
+CASES += [
+    (getattr(transformers, m["class"]).config_class.__name__, m["class"], {**ONNX["sizes"], **m["config"]})
+    for m in ONNX["models"]
+    if m["class"] not in {case[1] for case in CASES}
+]
 
 
 def model_of(config_class: str, model_class: str, options: dict[str, Any]) -> Any:

@@ -125,11 +125,8 @@ def test_schemes_compute_what_the_stored_weights_say(ember: Checkpoint, build: B
     assert relative_l2(in_onnx_runtime(directory, IDS)["logits"], expected) <= 1e-5
     assert relative_l2(in_onnx_runtime(directory, IDS, mode="shipped", want="decode")["logits"], expected) <= 0.05
     stored = sum(t.nbytes for t in plan.tensors)
-    assert (
-        plan.file_bytes
-        == stored
-        <= sum((directory / name).stat().st_size for name in ("model.onnx", "model.onnx_data"))
-    )
+    files = sum((directory / name).stat().st_size for name in ("model.onnx", "model.onnx_data"))
+    assert plan.file_bytes == stored <= files  # vectors of the norms lie in model.onnx
 
 
 @pytest.mark.parametrize("word", ["int4", "int8-g64-asym", "int3-g16", "int6", "int4-channel"])

@@ -24,11 +24,7 @@ LIMIT = 1e-5
 Tiny = Callable[[str], Checkpoint]
 BY_MOBIUS = ("llama", "llama-tied", "qwen2", "qwen3", "gpt2", "mixtral")
 MOBIUS_IS_WRONG = ("mistral", "gemma2", "gemma3", "opt", "falcon", "bert", "bert-encoder", "distilbert")
-WRITTEN_DOWN = (
-    *("llama", "llama-tied", "qwen2", "qwen3", "gpt2", "mistral", "gemma2", "gemma3", "phi3", "opt"),
-    *("bert", "bert-encoder", "distilbert"),
-)
-CAPTURED = ("mistral", "gemma3", "gpt2", "bert")
+CAPTURED = ("mistral", "bert")
 
 
 def verdict(candidate: object, checkpoint: Checkpoint) -> Judgement:
@@ -52,13 +48,6 @@ def test_declarative_graphs_that_are_wrong(tiny: Tiny, family: str) -> None:
     assert found.margin is None or found.margin > 1e-3
 
 
-@pytest.mark.parametrize("family", WRITTEN_DOWN)
-def test_our_own_graphs_are_right(tiny: Tiny, family: str) -> None:
-    found = verdict(DirectCandidate(), tiny(family))
-    assert found.passed, found.reason
-    assert found.margin <= LIMIT
-
-
 @pytest.mark.parametrize(
     ("family", "name"),
     [
@@ -74,18 +63,6 @@ def test_heads_of_classifiers(tiny: Tiny, family: str, name: str) -> None:
     outline = Checkpoint(name, config, {}, {}, architecture_for(config), Source(name, None, ()))
     found = verdict(DirectCandidate(), outline)
     assert found.passed, found.reason
-
-
-def test_falcon_with_one_key_head(tiny: Tiny) -> None:
-    flags = {
-        "new_decoder_architecture": False,
-        "multi_query": True,
-        "parallel_attn": True,
-        "num_ln_in_parallel_attn": None,
-    }
-    config = {**tiny("falcon").config, **flags}
-    outline = tiny("falcon").replace(config=config, weights={})
-    assert verdict(DirectCandidate(), outline).passed
 
 
 def test_wrong_shapes_are_no_match(tiny: Tiny, tmp_path: Path) -> None:
@@ -122,19 +99,21 @@ def test_rope_types(tiny: Tiny, candidate: object, scaling: dict[str, object], p
     assert found.passed == passes, found.reason
 
 
-@pytest.mark.parametrize(("family", "source"), [("llama", "mobius"), ("mistral", "tightship"), ("bert", "tightship")])
-def test_the_first_that_passes_is_used(tiny: Tiny, family: str, source: str) -> None:
+@pytest.mark.parametrize("family", ["llama", "mistral", "bert"])
+def test_the_first_that_passes_is_used(tiny: Tiny, family: str) -> None:
     choice = parity.ParityJudge()(candidates(), tiny(family))
-    assert choice.candidate.source.startswith(source)
-    assert [j.passed for j in choice.judgements] == [*[False] * (len(choice.judgements) - 1), True]
-    assert all(j.reason for j in choice.judgements[:-1])
+    assert isinstance(choice.candidate, DirectCandidate)
+    assert [j.passed for j in choice.judgements] == [True]
 
 
 @pytest.mark.slow
 def test_capture_is_the_last_resort(tiny: Tiny) -> None:
-    choice = parity.ParityJudge()(candidates(), tiny("falcon"))
+    """Scores over the layer's number: not among our blocks, ignored by mobius, seen by capture."""
+    config = {**tiny("gpt2").config, "scale_attn_by_inverse_layer_idx": True}
+    choice = parity.ParityJudge()(candidates(), tiny("gpt2").replace(config=config))
     assert isinstance(choice.candidate, CaptureCandidate)
-    assert len(choice.judgements) == 3
+    assert [j.passed for j in choice.judgements] == [False, False, True]
+    assert all(j.reason for j in choice.judgements[:-1])
 
 
 def test_none_left_is_unsupported_with_every_reason(tiny: Tiny) -> None:

@@ -1,0 +1,161 @@
+"""Attention of one block, written with the Attention operator of opset 23."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tightship.exporters.onnx_candidates.network import Network
+from tightship.exporters.onnx_candidates.positions import Turn
+from tightship.exporters.onnx_candidates.skeleton import BATCH, SEQUENCE
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Projected = tuple["ir.Value", int]  # (batch, sequence, width), width
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What queries see and where they stand.
+
+    Attributes:
+        mask: float, added to the scores.
+        turn: (cos, sin, rotated width or 0), or None without rotation.
+        cached: whether keys and values of the past come in.
+    """
+
+    mask: ir.Value
+    turn: Turn | None = None
+    cached: bool = False
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Queries, keys and values (batch, sequence, heads * size), rotated, and how many heads they are."""
+
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    heads: int
+    kv_heads: int
+    scale: float
+
+
+def attention(net: Network, block: int, x: ir.Value, sight: Sight) -> ir.Value:
+    """Projections, optional norms of queries and keys, rotation, the Attention operator, output projection."""
+    size = int(net.hyper["head_dim"])
+    query, key, value = projections(net, block, x, size)
+    heads, kv_heads = query[1] // size, key[1] // size
+    q = _turned(net, clipped(net, _head_norm(net, query[0], block, "attn_q_norm", heads)), sight, heads)
+    k = _turned(net, clipped(net, _head_norm(net, key[0], block, "attn_k_norm", kv_heads)), sight, kv_heads)
+    parts = Parts(q, k, clipped(net, value[0]), heads, kv_heads, score_scale(net, size))
+    past = net.past(block, (kv_heads, size), (kv_heads, size)) if sight.cached else ()
+    seen = with_sinks if net.has(block, "attn_sinks") else _plain
+    y = seen(net, block, parts, sight.mask, past)
+    return net.linear(net.shaped(y, (BATCH, SEQUENCE, heads * size)), block, "attn_output")
+
+
+def _plain(net: Network, block: int, parts: Parts, mask: ir.Value, past: Sequence[ir.Value]) -> ir.Value:
+    attributes: dict[str, Any] = {"q_num_heads": parts.heads, "kv_num_heads": parts.kv_heads, "scale": parts.scale}
+    if net.option("attn_logit_softcapping"):
+        attributes["softcap"] = float(net.option("attn_logit_softcapping"))
+    inputs = (parts.query, parts.key, parts.value, mask, *past)
+    y, *present = net.ops("Attention", *inputs, outputs=1 + len(past), **attributes)
+    if past:
+        net.keep(block, present)
+    return y
+
+
+def with_sinks(net: Network, block: int, parts: Parts, mask: ir.Value, past: Sequence[ir.Value]) -> ir.Value:
+    """Attention to one key more, whose score is a parameter of the head and whose value is zero (gpt-oss)."""
+    query = net.heads_first(parts.query, parts.heads)
+    new = [net.heads_first(y, parts.kv_heads) for y in (parts.key, parts.value)]
+    grown = [net.op("Concat", old, y, axis=2) for old, y in zip(past, new, strict=True)]
+    net.keep(block, grown)
+    one_more = net.integers(0, 0, 0, 0, 0, 0, 1, 0)
+    key, value = (net.op("Pad", y, one_more, net.number(0.0)) for y in grown)
+    wide = net.op("Expand", mask, net.integers(1, parts.heads, 1, 1))
+    sinks = net.op("Reshape", net.parameter(block, "attn_sinks"), net.integers(1, parts.heads, 1, 1))
+    rows = net.op("Concat", net.op("Shape", wide, start=0, end=3), net.integers(1), axis=0)
+    seen = net.op("Concat", wide, net.op("Expand", sinks, rows), axis=3)
+    return net.heads_last(net.op("Attention", query, key, value, seen, scale=parts.scale))
+
+
+def score_scale(net: Network, size: int) -> float:
+    """The factor on scores."""
+    word = net.family.attention_scale
+    if word is not None:
+        return 1.0 if word == "none" else float(net.option(word))
+    return float(net.option("query_pre_attn_scalar", size) ** -0.5)
+
+
+def projections(net: Network, block: int, x: ir.Value, size: int) -> list[Projected]:
+    """(value, width) of queries, keys and values."""
+    if not net.has(block, "attn_qkv"):
+        roles = [f"attn_{letter}" for letter in "qkv"]
+        return [(net.linear(x, block, role), net.rows(block, role)) for role in roles]
+    kv = int(net.hyper["kv_heads"]) * size
+    whole = net.rows(block, "attn_qkv")
+    widths = (whole - 2 * kv, kv, kv)
+    if net.family.fused == "groups":
+        return _ungrouped(net, net.linear(x, block, "attn_qkv"), widths, size)
+    if net.family.fused == "quarters":
+        return _unquartered(net, net.linear(x, block, "attn_qkv"), kv)
+    starts = (0, widths[0], widths[0] + kv)
+    return [
+        (net.linear(x, block, "attn_qkv", rows=(start, start + width)), width)
+        for start, width in zip(starts, widths, strict=True)
+    ]
+
+
+def _ungrouped(net: Network, fused: ir.Value, widths: tuple[int, int, int], size: int) -> list[Projected]:
+    """Apart what lies as (key heads, query heads of the group + key + value, size)."""
+    queries, groups = widths[0] // size, widths[1] // size
+    apart = net.op("Reshape", fused, net.integers(0, 0, groups, queries // groups + 2, size))
+    parts = net.ops("Split", apart, net.integers(queries // groups, 1, 1), outputs=3, axis=3)
+    joined = [net.op("Reshape", part, net.integers(0, 0, -1)) for part in parts]
+    return [(net.shaped(y, (BATCH, SEQUENCE, width)), width) for y, width in zip(joined, widths, strict=True)]
+
+
+def _unquartered(net: Network, fused: ir.Value, width: int) -> list[Projected]:
+    """Apart what lies as (4, query + value + key, a quarter of the heads): CodeGen's four processors."""
+    apart = net.op("Reshape", fused, net.integers(0, 0, 4, 3, width // 4))
+    q, v, k = net.ops("Split", apart, outputs=3, axis=3, num_outputs=3)
+    return [
+        (net.shaped(net.op("Reshape", y, net.integers(0, 0, -1)), (BATCH, SEQUENCE, width)), width) for y in (q, k, v)
+    ]
+
+
+def clipped(net: Network, x: ir.Value) -> ir.Value:
+    """Queries, keys or values within the config's bound, if it has one."""
+    bound = net.option("clip_qkv")
+    return net.clipped(x, -float(bound), float(bound)) if bound else x
+
+
+def _turned(net: Network, x: ir.Value, sight: Sight, heads: int) -> ir.Value:
+    if sight.turn is None:
+        return x
+    cos, sin, width = sight.turn
+    return net.op(
+        "RotaryEmbedding",
+        x,
+        cos,
+        sin,
+        num_heads=heads,
+        rotary_embedding_dim=width,
+        interleaved=int(net.family.interleaved),
+    )
+
+
+def _head_norm(net: Network, x: ir.Value, block: int, role: str, heads: int) -> ir.Value:
+    """The norm of queries or keys: over each head, or over all of them where the weight is as wide."""
+    if not net.has(block, role):
+        return x
+    size = int(net.hyper["head_dim"])
+    if heads > 1 and net.rows(block, role) == heads * size:
+        return net.norm(x, block, role)
+    apart = net.op("Reshape", x, net.integers(0, 0, heads, -1))
+    whole = net.op("Reshape", net.norm(apart, block, role), net.integers(0, 0, -1))
+    return net.shaped(whole, (BATCH, SEQUENCE, heads * size))

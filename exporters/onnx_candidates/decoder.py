@@ -1,0 +1,107 @@
+"""Decoders with a KV cache: everything from Llama to BLOOM, by `families.FAMILIES`."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from tightship.exporters.onnx_candidates.attention import Sight, attention
+from tightship.exporters.onnx_candidates.feed_forward import feed_forward
+from tightship.exporters.onnx_candidates.network import Network
+from tightship.exporters.onnx_candidates.positions import Turn, alibi, causal_mask, rotation, sinusoids
+from tightship.exporters.onnx_candidates.skeleton import BATCH, SEQUENCE, TOTAL
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_LOCAL = ("sliding_attention", "local")  # words for layers that see a window
+
+
+def decoder(net: Network) -> None:
+    """The whole graph: token ids and the past in, logits and the grown cache out."""
+    ids = net.input("input_ids", (BATCH, SEQUENCE))
+    mask = net.input("attention_mask", (BATCH, TOTAL))
+    positions = net.input("position_ids", (BATCH, SEQUENCE))
+    x = _embedded(net, ids, positions)
+    for block, sight in enumerate(_sights(net, ids, mask, positions)):
+        x = _block(net, block, x, sight)
+    x = net.normed(x, None, "output_norm")
+    if net.has(None, "output_proj"):
+        x = net.linear(x, None, "output_proj")
+    logits = net.linear(x, None, "output", tied="token_embd")
+    net.output("logits", _scaled_logits(net, logits), (BATCH, SEQUENCE, net.vocabulary))
+    net.present()
+
+
+def answer(net: Network, word: str | bool) -> bool:
+    """A fact of the family, or the config's word on it."""
+    return bool(net.option(word)) if isinstance(word, str) else word
+
+
+def _embedded(net: Network, ids: ir.Value, positions: ir.Value) -> ir.Value:
+    x = net.lookup("token_embd", ids)
+    if net.has(None, "token_embd_proj"):
+        x = net.linear(x, None, "token_embd_proj")
+    scale = net.family.embed_scale
+    if scale:
+        x = net.scaled(x, math.sqrt(net.width) if scale == "sqrt" else float(net.option(scale)))
+    if net.has(None, "position_embd") or net.family.sinusoidal:
+        rows = net.op("Add", positions, net.integers(net.family.position_offset))
+        placed = sinusoids(net, rows) if net.family.sinusoidal else net.lookup("position_embd", rows)
+        x = net.op("Add", x, placed)
+    return net.norm(x, None, "token_embd_norm") if net.has(None, "token_embd_norm") else x
+
+
+def _sights(net: Network, ids: ir.Value, mask: ir.Value, positions: ir.Value) -> list[Sight]:
+    """What each block sees."""
+    layers = int(net.hyper["layers"])
+    window = net.option("sliding_window") or net.option("window_size")
+    types = net.option("layer_types") or net.option("attention_layers")
+    types = list(types or ["sliding_attention" if window else "full_attention"] * layers)[:layers]
+    kinds = list(dict.fromkeys(types))
+    masks = {kind: causal_mask(net, ids, mask, window if kind in _LOCAL else None) for kind in kinds}
+    if answer(net, net.family.alibi):
+        bias = alibi(net, mask, int(net.hyper["heads"]))
+        masks = {kind: net.op("Add", value, bias) for kind, value in masks.items()}
+        return [Sight(masks[kind], None, cached=True) for kind in types]
+    turns: dict[str, Turn] = {}
+    if not (net.has(None, "position_embd") or net.family.sinusoidal):
+        turns = {kind: rotation(net, positions, kind) for kind in kinds}
+    return [
+        Sight(masks[kind], turns.get(kind) if _rotates(net, block, kind) else None, cached=True)
+        for block, kind in enumerate(types)
+    ]
+
+
+def _rotates(net: Network, block: int, kind: str) -> bool:
+    word = net.family.rotated
+    if word == "sliding":
+        return kind in _LOCAL or not net.option("sliding_window")
+    return word == "all" or bool(net.option(word)[block])
+
+
+def _block(net: Network, block: int, x: ir.Value, sight: Sight) -> ir.Value:
+    """Attention and MLP with their norms: before, behind, or side by side."""
+    scale = float(net.option(net.family.residual_scale)) if net.family.residual_scale else 1.0
+    if isinstance(net.family.post_norm, str) and not net.option(net.family.post_norm):
+        x = net.norm(net.op("Add", x, attention(net, block, x, sight)), block, "attn_norm")
+        return net.norm(net.op("Add", x, feed_forward(net, block, x)), block, "ffn_norm")
+    before = net.normed(x, block, "attn_norm")
+    attended = net.normed(attention(net, block, before, sight), block, "attn_post_norm")
+    if answer(net, net.family.parallel):
+        inner = net.norm(x, block, "ffn_norm") if net.has(block, "ffn_norm") else before
+        return net.op("Add", x, net.scaled(net.op("Add", attended, feed_forward(net, block, inner)), scale))
+    x = net.op("Add", x, net.scaled(attended, scale))
+    behind = net.normed(feed_forward(net, block, net.normed(x, block, "ffn_norm")), block, "ffn_post_norm")
+    return net.op("Add", x, net.scaled(behind, scale))
+
+
+def _scaled_logits(net: Network, x: ir.Value) -> ir.Value:
+    if net.family.logit_scale:
+        key, divides = net.family.logit_scale
+        factor = float(net.option(key, 1.0))
+        x = net.op("Div", x, net.number(factor)) if divides else net.scaled(x, factor)
+    cap = net.option("final_logit_softcapping")
+    if not cap:
+        return x
+    return net.op("Mul", net.op("Tanh", net.op("Div", x, net.number(float(cap)))), net.number(float(cap)))

@@ -1,0 +1,141 @@
+"""What each family does that Llama does not, as data. Adding a family whose parts are all here: one line.
+
+Whatever a config asks for beyond it (a window, soft caps, partial or scaled rotation, biases, tied tables) is read
+from transformers' resolved config and from the stored tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How tokens find their experts.
+
+    Attributes:
+        used: config key of the number of experts a token takes.
+        late: softmax over the chosen scores; else over all of them, before the choice.
+        renormalized: whether chosen probabilities are scaled to sum 1; a config key, or the answer.
+    """
+
+    used: str = "num_experts_per_tok"
+    late: bool = False
+    renormalized: str | bool = True
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a family does that Llama does not.
+
+    Attributes:
+        encoder: bidirectional.
+        norm: `plus_one` multiplies by 1 + weight (Gemma); `layer` subtracts the mean although there is no bias
+            (Cohere), `layer_plus_one` both (Nemotron).
+        bare_norms: norms have no parameter at all (OLMo).
+        norm_eps: of all norms, where the data file has no key for it.
+        activation: where the data file has no key for it.
+        embed_scale: embeddings times `sqrt` of the width, or times a config key.
+        position_offset: rows of the position table before position 0 (OPT).
+        sinusoidal: positions are sines and cosines, computed (XGLM).
+        rotary_width: config key of the rotated width, where the base is 10000 and nothing scales it (GPT-J).
+        parallel: attention and MLP read the same stream and are added together; a config key, or the answer.
+        post_norm: norms behind the residual sum (BERT), if this config key is false (OPT) or the answer.
+        interleaved: rotation pairs neighbours (GPT-J), not halves.
+        rotated: which layers rotate: `all`, `sliding` ones only, or a config key with one flag a layer.
+        fused: order of queries, keys and values in one matrix: `parts`, `groups` of heads around each key head, or
+            `quarters` of heads with values before keys (CodeGen).
+        alibi: scores lose distance times a slope a head, no rotation (BLOOM); a config key, or the answer.
+        attention_scale: config key of the factor on scores; `none` for 1. Else query_pre_attn_scalar or the head size
+            to the power -1/2.
+        residual_scale: config key of the factor on what a block adds.
+        logit_scale: (config key, whether it divides).
+        routing: of experts.
+        stacked: matrices of stacked experts are `out_in` or `in_out`; gate and up lie in one, in halves or, `in_out`,
+            in turns with clamped values (gpt-oss).
+        pooled: the activation behind the pooler of a classifier.
+        must: config keys with the only values that are written down here.
+    """
+
+    encoder: bool = False
+    norm: str = "auto"
+    bare_norms: bool = False
+    norm_eps: float = 1e-5
+    activation: str = "gelu"
+    embed_scale: str | None = None
+    position_offset: int = 0
+    sinusoidal: bool = False
+    rotary_width: str | None = None
+    parallel: str | bool = False
+    post_norm: str | bool = False
+    interleaved: bool = False
+    rotated: str = "all"
+    fused: str = "parts"
+    alibi: str | bool = False
+    attention_scale: str | None = None
+    residual_scale: str | None = None
+    logit_scale: tuple[str, bool] | None = None
+    routing: Routing = Routing()
+    stacked: str = "out_in"
+    pooled: str = "Tanh"
+    must: tuple[tuple[str, Any], ...] = ()
+
+
+_SCALED = (("scale_embedding", True),)
+_COHERE = Family(norm="layer", parallel=True, interleaved=True, logit_scale=("logit_scale", False))
+_GEMMA = Family(norm="plus_one", embed_scale="sqrt")
+_GRANITE = Family(
+    embed_scale="embedding_multiplier",
+    attention_scale="attention_multiplier",
+    residual_scale="residual_multiplier",
+    logit_scale=("logits_scaling", True),
+    routing=Routing(late=True),
+)
+_ROUTED = Family(routing=Routing(renormalized="norm_topk_prob"))
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(),
+    "mixtral": Family(),
+    "qwen2": Family(),
+    "qwen2_moe": _ROUTED,
+    "qwen3": Family(),
+    "qwen3_moe": _ROUTED,
+    "olmo2": Family(),
+    "olmoe": _ROUTED,
+    "phi": Family(parallel=True),
+    "phi3": Family(),
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA,
+    "gemma3": _GEMMA,
+    "starcoder2": Family(),
+    "stablelm": Family(parallel="use_parallel_residual"),
+    "cohere": _COHERE,
+    "cohere2": replace(_COHERE, rotated="sliding"),
+    "nemotron": Family(norm="layer_plus_one"),
+    "exaone4": Family(rotated="sliding"),
+    "helium": Family(interleaved=True),
+    "glm": Family(interleaved=True),
+    "gpt_oss": Family(routing=Routing(late=True), stacked="in_out"),
+    "persimmon": Family(fused="groups"),
+    "gptj": Family(parallel=True, interleaved=True, rotary_width="rotary_dim"),
+    "codegen": Family(parallel=True, interleaved=True, rotary_width="rotary_dim", fused="quarters"),
+    "gpt_neo": Family(attention_scale="none"),
+    "gpt_bigcode": Family(must=(("multi_query", True), ("scale_attn_weights", True))),
+    "xglm": Family(embed_scale="sqrt", position_offset=2, sinusoidal=True, must=_SCALED),
+    "biogpt": Family(embed_scale="sqrt", position_offset=2, must=_SCALED),
+    "granite": _GRANITE,
+    "granitemoe": _GRANITE,
+    "gpt2": Family(must=(("scale_attn_by_inverse_layer_idx", False), ("scale_attn_weights", True))),
+    "gpt_neox": Family(parallel="use_parallel_residual", fused="groups"),
+    "bloom": Family(
+        alibi=True,
+        fused="groups",
+        activation="gelu_new",
+        must=(("apply_residual_connection_post_layernorm", False),),
+    ),
+    "opt": Family(position_offset=2, post_norm="do_layer_norm_before"),
+    "falcon": Family(parallel="parallel_attn", fused="groups", must=(("alibi", False),)),
+    "bert": Family(encoder=True),
+    "distilbert": Family(encoder=True, norm_eps=1e-12, pooled="Relu"),
+}

@@ -1,0 +1,120 @@
+"""Where tokens stand and whom they see: rotation, biases by distance, masks."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tightship.errors import Unsupported
+from tightship.exporters.onnx_candidates.graph_builder import BOOL, FLOAT, LOWEST
+from tightship.exporters.onnx_candidates.network import Network
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Turn = tuple["ir.Value", "ir.Value", int]
+_FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the prompt
+
+
+def rotation(net: Network, positions: ir.Value, kind: str) -> Turn:
+    """cos and sin (batch, sequence, pairs), and the rotated width where it is not the whole head (else 0)."""
+    if net.family.rotary_width:
+        return _plain_rotation(net, positions, int(net.option(net.family.rotary_width)))
+    rotary = net.rotary
+    prefix = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
+    types = getattr(rotary, "rope_type", "default")
+    rope = types[kind] if isinstance(types, dict) else types
+    frequencies = _numpy(getattr(rotary, f"{prefix}inv_freq"))
+    table = net.constant(f"rope.{kind}.inv_freq", frequencies)
+    if rope == "longrope":
+        table = _by_length(net, positions, table, prefix, kind)
+    elif rope not in _FIXED_ROPES:
+        raise Unsupported(f"rope type {rope!r} changes its frequencies with the prompt")
+    scaling = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
+    angles = _angles(net, positions, table)
+    cos, sin = (net.scaled(net.op(function, angles), scaling) for function in ("Cos", "Sin"))
+    return cos, sin, _partial(net, 2 * len(frequencies))
+
+
+def _plain_rotation(net: Network, positions: ir.Value, width: int) -> Turn:
+    """RoPE as published (arXiv 2104.09864, eq. 15), base 10000."""
+    table = net.constant("rope.inv_freq", (10000.0 ** (-np.arange(0, width, 2) / width)).astype(np.float32))
+    angles = _angles(net, positions, table)
+    return net.op("Cos", angles), net.op("Sin", angles), _partial(net, width)
+
+
+def sinusoids(net: Network, positions: ir.Value) -> ir.Value:
+    """(batch, sequence, hidden) sines, then cosines, of geometric frequencies from 1 to 1/10000 (tensor2tensor's)."""
+    half = net.width // 2
+    frequencies = np.exp(-np.arange(half) * math.log(10000) / (half - 1)).astype(np.float32)
+    angles = _angles(net, positions, net.constant("positions.frequencies", frequencies))
+    return net.op("Concat", net.op("Sin", angles), net.op("Cos", angles), axis=-1)
+
+
+def _angles(net: Network, positions: ir.Value, frequencies: ir.Value) -> ir.Value:
+    return net.op("Mul", net.op("Unsqueeze", net.op("Cast", positions, to=FLOAT), net.integers(2)), frequencies)
+
+
+def _partial(net: Network, width: int) -> int:
+    return 0 if width == int(net.hyper["head_dim"]) else width
+
+
+def _by_length(net: Network, positions: ir.Value, short: ir.Value, prefix: str, kind: str) -> ir.Value:
+    """LongRoPE (arXiv 2402.13753): other frequencies once a position lies beyond the original context."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = net.resolved.rope_parameters
+    rope = rope[kind] if prefix else rope
+    original = int(rope["original_max_position_embeddings"])
+    options = {"layer_type": kind} if prefix else {}
+    found, _ = ROPE_INIT_FUNCTIONS["longrope"](net.resolved, None, seq_len=original + 1, **options)
+    long = net.constant(f"rope.{kind}.long_inv_freq", _numpy(found))
+    farthest = net.op("ReduceMax", positions, keepdims=0)
+    return net.op("Where", net.op("Greater", farthest, net.integer(original - 1)), long, short)
+
+
+def _numpy(tensor: Any) -> np.ndarray:
+    return np.asarray(tensor.detach().numpy(), np.float32)
+
+
+def causal_mask(net: Network, ids: ir.Value, mask: ir.Value, window: int | None) -> ir.Value:
+    """(batch, 1, sequence, total) float: 0 where a query sees a key, LOWEST elsewhere."""
+    new, total = net.length(ids), net.length(mask)
+    query = net.op("Unsqueeze", net.range(net.op("Sub", total, new), total), net.integers(1))
+    key = net.op("Unsqueeze", net.range(net.integer(0), total), net.integers(0))
+    seen = net.op("LessOrEqual", key, query)
+    if window:
+        seen = net.op("And", seen, net.op("Greater", key, net.op("Sub", query, net.integer(int(window)))))
+    both = net.op("And", net.op("Unsqueeze", seen, net.integers(0, 1)), kept_keys(net, mask))
+    return hidden_where_not(net, both)
+
+
+def kept_keys(net: Network, mask: ir.Value) -> ir.Value:
+    """(batch, 1, 1, keys) bool of an attention mask (batch, keys)."""
+    return net.op("Cast", net.op("Unsqueeze", mask, net.integers(1, 2)), to=BOOL)
+
+
+def hidden_where_not(net: Network, seen: ir.Value) -> ir.Value:
+    """0 where true, LOWEST where false: what is added to scores."""
+    return net.op("Where", seen, net.number(0.0), net.number(LOWEST))
+
+
+def alibi(net: Network, mask: ir.Value, heads: int) -> ir.Value:
+    """(batch, heads, 1, total): position of each key, counted over unmasked ones, times the head's slope.
+
+    ALiBi (arXiv 2108.12409), section 3; a query's own position adds the same to all of its scores.
+    """
+    counted = net.op("Sub", net.op("CumSum", mask, net.integer(1)), net.integer(1))
+    places = net.op("Cast", net.op("Mul", counted, mask), to=FLOAT)
+    table = net.constant("alibi.slopes", slopes(heads).reshape(1, heads, 1, 1))
+    return net.op("Mul", net.op("Unsqueeze", places, net.integers(1, 2)), table)
+
+
+def slopes(heads: int) -> np.ndarray:
+    """(heads,) float32 factors: powers of 2 ** (-8 / heads), between those of the next power of two if it is none."""
+    whole = 2 ** math.floor(math.log2(heads))
+    found = [2.0 ** (-8.0 * i / whole) for i in range(1, whole + 1)]
+    found += [2.0 ** (-4.0 * i / whole) for i in range(1, 2 * (heads - whole), 2)]
+    return np.asarray(found, np.float32)
