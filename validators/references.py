@@ -105,7 +105,7 @@ class References:
     @property
     def limits(self) -> Limits:
         """What a runtime may use."""
-        mapped = self.original.float32_bytes if self.mapped else 0
+        mapped = 2 * self.original.float32_bytes if self.mapped else 0  # ONNX Runtime sets as much aside untouched
         return dataclasses.replace(self.settings.limits, mapped=mapped)
 
     def _view_of(self, checkpoint: Checkpoint) -> ModelView:

@@ -1,8 +1,8 @@
 """transformers as a client of the published safetensors: its own loader, every tensor accounted for.
 
 Job: `artifact` (directory), `mode`, `threads`. `graph` loads in float32 with weights decompressed once and activations
-left alone; `shipped` loads as a user would (`dtype="auto"`, activation quantization live). With `mapped`, `graph`
-keeps float weights in their stored type and widens those of one module at a time, while it runs.
+left alone; `shipped` loads as a user would (`dtype="auto"`, activation quantization live). With `mapped`,
+`graph` keeps weights in their stored type and widens those of one module at a time, while it runs.
 """
 
 from __future__ import annotations
@@ -50,10 +50,7 @@ def run(job: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[dict[str, A
 
     torch.set_num_threads(int(job.get("threads", 1)))
     mode = str(job.get("mode", "graph"))
-    if mode == "graph" and job.get("mapped") and "quantization_config" not in config:
-        model = widened_in_use(load(directory, config, "shipped"))
-    else:
-        model = load(directory, config, mode)
+    model = load(directory, config, "mapped" if mode == "graph" and job.get("mapped") else mode)
     rows: list[dict[str, np.ndarray]] = []
     with torch.inference_mode():
         for index in range(len(next(iter(arrays.values())))):
@@ -73,7 +70,8 @@ def load(directory: Path, config: dict[str, Any], mode: str) -> PreTrainedModel:
 
     transformers.utils.logging.disable_progress_bar()
     quantization = config.get("quantization_config")
-    options: dict[str, Any] = {"dtype": torch.float32 if mode == "graph" else "auto"}
+    narrow = mode == "shipped" or (mode == "mapped" and not quantization)
+    options: dict[str, Any] = {"dtype": "auto" if narrow else torch.float32}
     if quantization and quantization["quant_method"] == "compressed-tensors" and _dequantize(quantization, mode):
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     auto = getattr(transformers, auto_class(config))
@@ -87,7 +85,7 @@ def load(directory: Path, config: dict[str, Any], mode: str) -> PreTrainedModel:
         **options,
     )
     check_loading(info)
-    return model.eval()
+    return widened_in_use(model.eval()) if mode == "mapped" and narrow else model.eval()
 
 
 def widened_in_use(model: PreTrainedModel) -> PreTrainedModel:
@@ -115,10 +113,12 @@ def widened_in_use(model: PreTrainedModel) -> PreTrainedModel:
 def _dequantize(quantization: dict[str, Any], mode: str) -> bool:
     """Whether to decode on loading: transformers 5.23 loads asymmetric weights in no other way, and decodes all by one
     group where there are several (docs/formats/compressed-tensors.md). Otherwise they are decoded before they are used.
+    Decoding also leaves activations alone, so all but `shipped` needs it where they would be quantized.
     """
     groups = list(quantization.get("config_groups", {}).values())
     symmetric = all((group.get("weights") or {}).get("symmetric", True) for group in groups)
-    return len(groups) == 1 and (mode == "graph" or not symmetric)
+    live = mode != "shipped" and any(group.get("input_activations") for group in groups)
+    return len(groups) == 1 and (mode == "graph" or live or not symmetric)
 
 
 def auto_class(config: dict[str, Any]) -> str:
