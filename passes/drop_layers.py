@@ -81,6 +81,8 @@ class DropLayers(Pass):
 
 def drop(checkpoint: Checkpoint, layers: Any) -> Checkpoint:
     """The checkpoint without these blocks; the rest are renumbered from 0 in their order."""
+    if checkpoint.architecture.decoder_prefix is not None:
+        raise Unsupported(f"drop-layers: {checkpoint.architecture.family} has two stacks of blocks")
     gone = set(layers)
     total = int(checkpoint.hyper["layers"])
     stay = [n for n in range(total) if n not in gone]

@@ -89,6 +89,7 @@ class Architecture:
     renames: tuple[tuple[str, str], ...] = ()
     packed_note: str | None = None
     prunable: Mapping[str, Any] = field(default_factory=dict)
+    decoder_prefix: str | None = None
 
     def hyper(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Canonical hyper-parameters of a concrete config.json.
@@ -180,6 +181,8 @@ class Architecture:
             return all((entry == "full_attention") == (i % period == place) for i, entry in enumerate(value))
         if "zero_every" in rule:  # no_rope_layers: every n-th layer is 0, the others 1
             return bool(value == [int(i % int(rule["zero_every"]) != 0) for i in range(1, len(value) + 1)])
+        if "most" in rule:
+            return bool(value <= literal(rule["most"], self.hyper(config)))
         if "equals" in rule:
             return bool(value == literal(rule["equals"], self.hyper(config)))
         return value not in rule.get("refused", ()) and ("allowed" not in rule or value in rule["allowed"])
@@ -278,6 +281,7 @@ def build(data: Mapping[str, Any]) -> list[Architecture]:
         ties=tuple((a, b) for a, b in data["ties"]),
         ignored=tuple(data["ignored"]),
         block_prefix=data["block_prefix"],
+        decoder_prefix=data.get("decoder_prefix"),
         gguf=data["gguf"],
         gguf_refusal=data.get("gguf_refusal"),
         refuses=tuple(data["refuses"]),

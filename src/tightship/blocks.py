@@ -164,6 +164,11 @@ class BlockWalk:
     def __init__(self, view: ModelView, windows: Sequence[np.ndarray], at_once: int = TOKENS_AT_ONCE) -> None:
         if not len(windows) or any(len(window) == 0 for window in windows):
             raise Malformed("calibration needs at least one window of tokens, and none of them empty")
+        if view.checkpoint.architecture.decoder_prefix is not None:
+            raise Unsupported(
+                f"{view.checkpoint.architecture.family} has an encoder and a decoder, and calibration walks one stack",
+                hint="use a data-free solver, such as rtn",
+            )
         self.view = view
         self.checkpoint = view.checkpoint
         self.infos = self.checkpoint.infos()

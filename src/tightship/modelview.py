@@ -133,6 +133,8 @@ class ModelView:
     def _forward(self, module: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         masked = self.checkpoint.architecture.task == "fill-mask"
         cache = {"use_cache": False} if hasattr(module.config, "use_cache") and module.can_generate() else {}
+        if module.config.is_encoder_decoder:
+            batch = {**batch, "decoder_input_ids": shifted(batch["input_ids"], module.config)}
         found = module(**batch, **cache, output_hidden_states=masked, return_dict=True)
         wanted = {key: found[key] for key in ("logits", "last_hidden_state") if key in found}
         if masked and "last_hidden_state" not in wanted:
@@ -144,6 +146,18 @@ class ModelView:
         owners = {name: owner_of(self.checkpoint, name) for name in disk_names(self.checkpoint)}
         arrays = {owner: disk_value(self.checkpoint, owner) for owner in sorted(set(owners.values()))}
         return {name: arrays[owner] for name, owner in owners.items()}
+
+
+def shifted(ids: torch.Tensor, config: Any) -> torch.Tensor:
+    """What a decoder is given behind an encoder of `ids` (batch, sequence): its start token, then all but the last.
+
+    Both stacks see the same text, so that one array of ids asks for logits at every position.
+    """
+    import torch
+
+    start = getattr(config, "decoder_start_token_id", None)
+    first = torch.full_like(ids[:, :1], int(config.pad_token_id or 0) if start is None else int(start))
+    return torch.cat([first, ids[:, :-1]], dim=1)
 
 
 def disk_names(checkpoint: Checkpoint) -> list[str]:

@@ -32,6 +32,7 @@ MODERN |= {f"{kind}_bias": True for kind in ("norm", "attention", "mlp", "classi
 LATENT = {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
 LATENT |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 2, "moe_intermediate_size": 32}
 LATENT |= {"num_key_value_heads": 4, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
+T5 = {"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
 MAMBA = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}
 SMOL = {"pad_token_id": 0, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
 MPT = {"vocab_size": 96, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}
@@ -101,6 +102,8 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("DeepseekV3Config", "DeepseekV3ForCausalLM", {**DECODER, **LATENT, "q_lora_rank": None}),
     ("MambaConfig", "MambaForCausalLM", MAMBA),
     ("MambaConfig", "MambaForCausalLM", {**MAMBA, "use_bias": True, "tie_word_embeddings": False}),
+    ("T5Config", "T5ForConditionalGeneration", T5),
+    ("T5Config", "T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu", "num_decoder_layers": 3}),
     ("NomicBertConfig", "NomicBertModel", ENCODER),
     ("NomicBertConfig", "NomicBertForMaskedLM", ENCODER),
     ("NomicBertConfig", "NomicBertForMaskedLM", {**ENCODER, "tie_word_embeddings": False}),
@@ -193,7 +196,8 @@ def test_roles_and_names_hang_together(architecture: Any) -> None:
         assert {r for r in (fold["norm"], *fold["linears"]) if r} <= roles
     assert (architecture.gguf is None) == (architecture.gguf_refusal is not None)
     inside = [r for r in architecture.tensors if "{i}" in r.disk]
-    assert all(r.disk.startswith(architecture.block_prefix) for r in inside)
+    prefixes = (architecture.block_prefix, architecture.decoder_prefix or architecture.block_prefix)
+    assert all(r.disk.startswith(prefixes) for r in inside)
     assert all(r.kind != "linear" for r in architecture.tensors if "{i}" not in r.disk)
 
 

@@ -38,6 +38,7 @@ LONG = {
     "long_factor": [2.0 + 0.5 * i for i in range(8)],
     "original_max_position_embeddings": 64,
 }
+T5 = {"vocab_size": 512, "d_model": 64, "d_kv": 12, "d_ff": 96, "num_layers": 2, "num_heads": 4}
 MPT = {"vocab_size": 512, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
@@ -92,6 +93,11 @@ EXACT: dict[str, tuple[str, dict[str, Any]]] = {
         {**SIZES, **LATENT, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "norm_topk_prob": False},
     ),
     "mamba": ("MambaForCausalLM", {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
+    "t5": ("T5ForConditionalGeneration", T5),
+    "t5-untied": (
+        "T5ForConditionalGeneration",
+        {**T5, "num_layers": 3, "num_decoder_layers": 2, "tie_word_embeddings": False},
+    ),
     "nomic-bert": ("NomicBertModel", NEOX),
     "phi3": ("Phi3ForCausalLM", {**SIZES, "pad_token_id": 0, "sliding_window": None}),
     "phi3-longrope": ("Phi3ForCausalLM", {**SIZES, "pad_token_id": 0, "sliding_window": None, "rope_parameters": LONG}),
@@ -122,6 +128,7 @@ GELU: dict[str, tuple[str, dict[str, Any]]] = {
         "ModernBertModel",
         {**NEOX, **SPECIAL, "num_hidden_layers": 4, "local_attention": 7, "rope_parameters": BASES},
     ),
+    "t5-gated": ("T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu", "num_layers": 3}),
     "starcoder2": ("Starcoder2ForCausalLM", SIZES),
     "phi": ("PhiForCausalLM", SIZES),
     "gpt-neox": ("GPTNeoXForCausalLM", NEOX),
@@ -152,7 +159,7 @@ def steep(checkpoint: Checkpoint) -> Checkpoint:
     """FFN inputs times 4096, outputs divided by it: outside -10 to 10 llama.cpp's table of GELU is 0 or x itself."""
     changed = {}
     for name, info in checkpoint.infos().items():
-        role, weight = info.rule.role, checkpoint.weights.get(name)
+        role, weight = info.rule.role.removeprefix("dec_"), checkpoint.weights.get(name)
         gated = any(rule.role == "ffn_gate" for rule in checkpoint.architecture.tensors)
         if not isinstance(weight, Dense) or info.rule.kind not in ("linear", "bias"):
             continue
@@ -201,6 +208,12 @@ def test_logits_are_those_of_transformers(
         ("OlmoForCausalLM", {**SIZES, "attention_bias": True, "eos_token_id": 0}, "attention_bias"),
         ("SmolLM3ForCausalLM", {**SIZES, "pad_token_id": 0, "no_rope_layers": [1, 0]}, "no_rope_layers"),
         ("SmolLM3ForCausalLM", {**SIZES, "pad_token_id": 0, "mlp_bias": True}, "mlp_bias"),
+        ("T5ForConditionalGeneration", {**T5, "num_decoder_layers": 3}, "num_decoder_layers"),
+        (
+            "T5ForConditionalGeneration",
+            {**T5, "relative_attention_max_distance": 64},
+            "relative_attention_max_distance",
+        ),
         ("ModernBertModel", {**NEOX, **SPECIAL, "layer_types": ["full_attention"] * 2}, "layer_types"),
         ("ModernBertModel", {**NEOX, **SPECIAL, "norm_bias": True}, "norm_bias"),
         ("MptForCausalLM", {**MPT, "attn_config": {"softmax_scale": 0.1}}, "softmax_scale"),

@@ -34,7 +34,7 @@ from tightship.formats.gguf_file import read_gguf
 from tightship.validators.gguf_float32 import as_float32
 
 if TYPE_CHECKING:
-    from cyllama.llama.llama_cpp import LlamaContext, LlamaModel
+    from cyllama.llama.llama_cpp import LlamaBatch, LlamaContext, LlamaModel
 
 Arrays = dict[str, np.ndarray]
 
@@ -119,7 +119,7 @@ def new_context(model: LlamaModel, job: dict[str, Any], length: int, *, encoder:
 
     params = library.LlamaContextParams()
     params.n_ctx = length
-    params.n_batch = params.n_ubatch = length if encoder else min(length, _CHUNK)
+    params.n_batch = params.n_ubatch = length if encoder or model.has_encoder() else min(length, _CHUNK)
     params.n_threads = params.n_threads_batch = int(job.get("threads", 1))
     if job.get("mode", "shipped") == "graph":
         params.flash_attn_type = _FLASH_ATTENTION_OFF
@@ -137,14 +137,18 @@ def _kept(arrays: Arrays) -> list[np.ndarray]:
     return [np.flatnonzero(row) for row in mask]
 
 
-def step(context: LlamaContext, ids: np.ndarray, start: int, *, last_only: bool = False) -> None:
-    """Append tokens to sequence 0, with outputs for all of them or for the last one."""
+def _batch(ids: np.ndarray, start: int, *, last_only: bool = False) -> LlamaBatch:
     import cyllama.llama.llama_cpp as library
 
     batch = library.LlamaBatch(n_tokens=len(ids), embd=0, n_seq_max=1)
     for place, token in enumerate(ids):
         batch.add(int(token), start + place, [0], not last_only or place + 1 == len(ids))
-    if code := context.decode(batch):
+    return batch
+
+
+def step(context: LlamaContext, ids: np.ndarray, start: int, *, last_only: bool = False) -> None:
+    """Append tokens to sequence 0, with outputs for all of them or for the last one."""
+    if code := context.decode(_batch(ids, start, last_only=last_only)):
         raise GateFailed(f"llama.cpp stops at token {start}: llama_decode returned {code}")
 
 
@@ -154,11 +158,21 @@ def _logits(model: LlamaModel, job: dict[str, Any], arrays: Arrays) -> np.ndarra
     context = new_context(model, job, ids.shape[1])
     for row, kept in enumerate(_kept(arrays)):
         context.kv_cache_clear()
+        given = _encoded(model, context, ids[row, kept])
         for first, last in _steps(len(kept), int(job.get("decode", 0))):
-            step(context, ids[row, kept[first:last]], first)
+            step(context, given[first:last], first)
             for place in range(first, last):
                 out[row, kept[place]] = context.get_logits_ith(place - first)
     return out
+
+
+def _encoded(model: LlamaModel, context: LlamaContext, ids: np.ndarray) -> np.ndarray:
+    """What a decoder is given: `ids`; behind an encoder, which reads them first, a start token and all but the last."""
+    if not model.has_encoder():
+        return ids
+    if code := context.encode(_batch(ids, 0)):
+        raise GateFailed(f"llama.cpp does not encode {len(ids)} tokens: llama_encode returned {code}")
+    return np.concatenate([[max(model.decoder_start_token(), 0)], ids[:-1]])
 
 
 def _steps(length: int, decode: int) -> list[tuple[int, int]]:
@@ -172,6 +186,7 @@ def _greedy(model: LlamaModel, job: dict[str, Any], prompt: np.ndarray) -> np.nd
     """(tokens,) int64; no stop at an end token, so that lengths are equal."""
     count = int(job["tokens"])
     context = new_context(model, job, len(prompt) + count)
+    prompt = _encoded(model, context, prompt)[: 1 if model.has_encoder() else None]
     for first, last in _steps(len(prompt), 0):
         step(context, prompt[first:last], first)
     found: list[int] = []
