@@ -22,6 +22,7 @@ _MODULES = (
     "rotate",
     "quantize",
     "recover",
+    "distill",
 )
 
 

@@ -76,7 +76,7 @@ class Pass(ABC):
         paths: options that name files; relative ones start at the recipe.
         makes, destroys: properties. What is not destroyed is preserved.
 
-    A pass whose method decides what it needs (`prune`, `quantize`) says so by properties of those names.
+    A pass whose options decide what it needs, makes or destroys says so by properties of those names.
     """
 
     name: ClassVar[str]
@@ -93,7 +93,8 @@ class Pass(ABC):
         name = cls.__dict__.get("name")
         if name is None:
             return
-        unknown = (cls.makes | cls.destroys) - PROPERTIES
+        said = [words for words in (cls.makes, cls.destroys) if not isinstance(words, property)]
+        unknown = frozenset().union(*said) - PROPERTIES
         if unknown:
             raise TypeError(f"pass {name}: unknown properties {sorted(unknown)}")
         if name in Pass.registry and Pass.registry[name].__qualname__ != cls.__qualname__:

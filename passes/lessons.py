@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,10 @@ class Lessons:
         starts = range(first, last, size)
         return [self._stack(-1 - n, list(range(at, min(at + size, last)))) for n, at in enumerate(starts)]
 
+    def and_more(self, other: Lessons) -> Lessons:
+        """With the windows of `other` before these, so that what is held out stays the same kind of text."""
+        return replace(self, windows=(*other.windows, *self.windows))
+
     @property
     def _rows(self) -> int:
         return min(self.how.batch, len(self.windows) - self.held_out)
@@ -102,8 +106,8 @@ class Lessons:
         return Batch(number, ids, real, labels, tuple(rows))
 
 
-def lessons(checkpoint: Checkpoint, run: Run, how: Training, *, writer: Checkpoint | None = None) -> Lessons:
-    """What a pass trains on; `writer` (default: the checkpoint itself) writes the text where none is given.
+def lessons(checkpoint: Checkpoint, run: Run, how: Training, *, written: bool = False) -> Lessons:
+    """What a pass trains on; with `written`, or where no text is given, `checkpoint` writes it itself.
 
     Raises:
         UsageError: the input `data` is no text.
@@ -112,13 +116,13 @@ def lessons(checkpoint: Checkpoint, run: Run, how: Training, *, writer: Checkpoi
     data = run.inputs.get("data")
     if data is not None and not isinstance(data, str):
         raise UsageError("the input `data` is text to train on, found a checkpoint", hint="name a text file")
-    if data is not None and data.lstrip().startswith("{"):
+    if data is not None and not written and data.lstrip().startswith("{"):
         return _labelled(checkpoint, data, how, run.seed)
     texts = run.texts if data is None else (data,)
-    if texts:
+    if texts and not written:
         read = token_windows(checkpoint, texts, tokens=how.tokens, sequence=how.sequence)
         return Lessons(read, None, how, run.seed)
-    return Lessons(_written(writer or checkpoint, run, how), None, how, run.seed)
+    return Lessons(_written(checkpoint, run, how), None, how, run.seed)
 
 
 def _written(writer: Checkpoint, run: Run, how: Training) -> Sequence[np.ndarray]:
@@ -147,14 +151,14 @@ def _labelled(checkpoint: Checkpoint, content: str, how: Training, seed: int) ->
     for number, line in enumerate(filter(str.strip, content.splitlines()), 1):
         try:
             example = json.loads(line)
-            text = example["text"]
+            text, label = example["text"], example.get("label")
         except (ValueError, KeyError, TypeError) as error:
             raise Malformed(f"data, line {number}: needs a JSON object with `text`") from error
         windows.append(np.array([*codec.before, *codec.encode(text)[:room], *codec.after], np.int64))
-        label = example.get("label")
-        known = names.get(str(label), label)
-        if checkpoint.architecture.task == "text-classification" and not isinstance(known, int):
+        labels.append(names.get(str(label), label))
+    if all(label is None for label in labels) or checkpoint.architecture.task != "text-classification":
+        return Lessons(windows, None, how, seed)
+    for number, label in enumerate(labels, 1):
+        if not isinstance(label, int) or not 0 <= label < int(checkpoint.hyper["labels"]):
             raise Malformed(f"data, line {number}: label {label!r} is none of {', '.join(names)}")
-        labels.append(known)
-    classes = labels if all(isinstance(label, int) for label in labels) else None
-    return Lessons(windows, classes, how, seed)
+    return Lessons(windows, labels, how, seed)

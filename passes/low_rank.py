@@ -1,7 +1,7 @@
 """Low rank: a linear W (out, in) becomes a product L (out, r) R (r, in).
 
-1. Exactly one of `rank`, `energy` (share of the squared singular values to keep, in the method's metric) and `bytes`
-   (for the factors of all linears together) says how much is kept.
+1. Exactly one of `rank`, `keep` (share of each matrix's parameters), `energy` (share of the squared singular values, in
+   the method's metric) and `bytes` (for the factors of all linears together) says how much is kept.
 2. A matrix whose factors would be no smaller than itself stays as it is, and the report says so.
 3. Factors are stored in the source's element type, or in `dtype`.
 4. `merge` multiplies the factors again: the values of the low-rank model in a matrix of the old shape, for containers
@@ -47,6 +47,7 @@ class LowRank(Pass):
 
     method: Literal["svd", "asvd", "svd-llm", "fisher"] = "svd"
     rank: int | None = None
+    keep: float | None = None
     energy: float | None = None
     bytes: int | None = None
     alpha: float = 0.5
@@ -55,12 +56,14 @@ class LowRank(Pass):
     merge: bool = False
 
     def __post_init__(self) -> None:
-        if sum(value is not None for value in (self.rank, self.energy, self.bytes)) != 1:
-            raise UsageError("low-rank: say exactly one of `rank`, `energy` and `bytes`")
+        if sum(value is not None for value in (self.rank, self.keep, self.energy, self.bytes)) != 1:
+            raise UsageError("low-rank: say exactly one of `rank`, `keep`, `energy` and `bytes`")
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"low-rank: rank is at least 1, found {self.rank}")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise UsageError(f"low-rank: energy is a share above 0 and up to 1, found {self.energy}")
+        for word in ("keep", "energy"):
+            share = getattr(self, word)
+            if share is not None and not 0 < share <= 1:
+                raise UsageError(f"low-rank: {word} is a share above 0 and up to 1, found {share}")
         if self.dtype is not None and (self.dtype not in BY_NAME or not BY_NAME[self.dtype].is_float):
             raise UsageError(f"low-rank: dtype {self.dtype!r} is not a float type; f32, f16 and bf16 are")
 
@@ -85,8 +88,9 @@ class LowRank(Pass):
         outlined: dict[str, Stored] = {}
         for name, weight in self._matrices(checkpoint).items():
             most = most_useful(*weight.shape)
-            if self.rank is None or self.rank <= most:
-                outlined[name] = self._shapes(weight, min(self.rank or most, most))
+            rank = self._rank(weight)
+            if rank is None or rank <= most:
+                outlined[name] = self._shapes(weight, rank or most)
         return checkpoint.with_weights(outlined)
 
     def apply(self, checkpoint: Checkpoint, run: Run) -> Checkpoint:
@@ -149,7 +153,7 @@ class LowRank(Pass):
 
     def _cut(self, weight: Dense, found: Spectrum, rank: int | None) -> tuple[Stored, Figures]:
         out, width = weight.shape
-        wanted = rank or self.rank or found.rank_for(self.energy or 1.0)
+        wanted = rank or self._rank(weight) or found.rank_for(self.energy or 1.0)
         if wanted > most_useful(out, width):
             return weight, {"rank": min(out, width), "kept_dense": 1, "parameters": out * width, "loss": 0.0}
         left, right = found.factors(wanted)
@@ -159,6 +163,13 @@ class LowRank(Pass):
         if self.merge:
             return Dense.of(factored.value().astype(target)), {**figures, "parameters": out * width, "merged": 1}
         return factored, figures
+
+    def _rank(self, weight: Dense) -> int | None:
+        """The rank where it does not depend on data."""
+        if self.keep is None:
+            return self.rank
+        out, width = weight.shape
+        return max(int(self.keep * out * width / (out + width)), 1)
 
     def _shapes(self, weight: Dense, rank: int) -> Factored:
         word = self.dtype or weight.dtype

@@ -53,8 +53,12 @@ class Grading:
             given["input_ids"] = given["input_ids"].masked_fill(self._hidden(batch), mask_token(self.checkpoint))
         return given
 
-    def rows(self, logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The graded rows (n, classes), float32, and their targets (n,)."""
+    def rows(self, logits: torch.Tensor, batch: Batch, *, labels: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """The graded rows (n, classes), float32, and their targets (n,); a classifier's are empty without `labels`.
+
+        Raises:
+            Unsupported: a classifier's batch has no labels.
+        """
         import torch
 
         task = self.checkpoint.architecture.task
@@ -63,6 +67,8 @@ class Grading:
             hidden = self._hidden(batch)
             return logits[hidden].float(), ids[hidden]
         if task == "text-classification":
+            if not labels:
+                return logits.float(), ids[:0, 0]
             if batch.labels is None:
                 raise Unsupported("a classifier is trained on labels", hint="JSON lines with `text` and `label`")
             return logits.float(), torch.from_numpy(batch.labels).to(self.device)

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from tightship.architecture import architecture_for
 from tightship.checkpoint import Activations, Checkpoint
 from tightship.dtypes import of_array
 from tightship.durable import sha256_file
@@ -62,8 +63,10 @@ def load_stage(folder: Path, body: Mapping[str, Any], parent: Checkpoint) -> Che
         field: {name: (folder / file).read_bytes() for name, file in body[field].items()}
         for field in ("changed_files", "adapters")
     }
+    same = body["config"].get("architectures") == parent.config.get("architectures")
     return parent.replace(
         config=body["config"],
+        architecture=parent.architecture if same else architecture_for(body["config"]),
         weights=weights,
         activations={module: Activations(**scheme) for module, scheme in body["activations"].items()},
         history=(*parent.history, *body["history"]),

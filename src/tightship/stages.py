@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tightship.checkpoint import Checkpoint
+from tightship.durable import sha256_file
 from tightship.errors import UsageError
 from tightship.recipe import SELF, Recipe, Step, is_quantizing
 from tightship.settings import Settings
@@ -222,7 +223,7 @@ def _recorded(before: Checkpoint, after: Checkpoint, work: Pass) -> Checkpoint:
 
 
 def _inputs(step: Step, shop: Workshop) -> dict[str, Any]:
-    """Named inputs: a State of this build, a State of another checkpoint, or the text of a file.
+    """Named inputs: a State of this build or of another checkpoint, the text of a file, or the path of one of arrays.
 
     Raises:
         UsageError: neither an id that came before nor a path.
@@ -232,6 +233,8 @@ def _inputs(step: Step, shop: Workshop) -> dict[str, Any]:
         path = Path(shop.recipe.path(word))
         if word in shop.results:
             found[name] = shop.results[word]
+        elif path.is_file() and path.suffix == ".safetensors":
+            found[name] = path
         elif path.is_file() and path.suffix.lower() != ".gguf":
             found[name] = path.read_text(encoding="utf-8")
         elif path.exists():
@@ -269,11 +272,17 @@ def _amount(recipe: Recipe) -> dict[str, int]:
 
 def _digests(given: Mapping[str, Any], texts: Sequence[str], recipe: Recipe, reads: bool) -> dict[str, str]:
     """Digests of what a pass is given beside its checkpoint."""
-    found = {name: value.key if isinstance(value, State) else _sha256(value) for name, value in given.items()}
+    found = {name: _digest(value) for name, value in given.items()}
     if reads:
         amount = " ".join(f"{key}={value}" for key, value in _amount(recipe).items())
         found["calibration"] = f"{_sha256(chr(0).join(texts))} {amount}"
     return found
+
+
+def _digest(value: State | Path | str) -> str:
+    if isinstance(value, State):
+        return value.key
+    return sha256_file(value) if isinstance(value, Path) else _sha256(value)
 
 
 def _sha256(text: str) -> str:

@@ -63,6 +63,15 @@ def test_energy_keeps_what_it_says_and_large_ranks_stay_dense(ember: Checkpoint)
     assert any(isinstance(result.weights[info.name], Factored) for info in ember.linears())
 
 
+def test_a_share_of_each_matrix_is_kept(ember: Checkpoint) -> None:
+    step = LowRank(keep=0.6)
+    outline, result = step.outline(ember), step.apply(ember, run_with())
+    for info in ember.linears():
+        elements = result.weights[info.name].nbytes // 2
+        assert 0.6 * np.prod(info.shape) - sum(info.shape) < elements <= 0.6 * np.prod(info.shape)
+        assert outline.weights[info.name].nbytes == result.weights[info.name].nbytes
+
+
 @pytest.mark.parametrize("method", ["svd", "svd-llm"])
 def test_byte_budget_is_kept(ember: Checkpoint, method: str) -> None:
     budget = sum(ember.weights[info.name].nbytes for info in ember.linears()) // 3
