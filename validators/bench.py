@@ -138,15 +138,17 @@ class Bench:
         return [entry["name"], entry["runtime"], size(entry["bytes"]), load, *rates, memory]
 
 
-def bench(path: Path, plan: Plan, progress: Progress = no_progress) -> Bench:
-    """Measure every artifact below a directory (or one file) in every runtime that opens it.
+def bench(
+    path: Path, plan: Plan, progress: Progress = no_progress, *, chosen: Sequence[Subject] | None = None
+) -> Bench:
+    """Measure every artifact below a directory (or one file) in every runtime that opens it, or those that are chosen.
 
     Raises:
         UsageError: there is nothing to run.
         RuntimeDied: a runtime failed on an artifact.
         EnvironmentFailure: no artifact could be run for want of its runtime.
     """
-    measured = [Measured(subject) for subject in subjects(path)]
+    measured = [Measured(subject) for subject in (subjects(path) if chosen is None else chosen)]
     if not measured:
         raise UsageError(f"{path} holds no artifact", hint="give a published directory, or a .gguf file")
     total = plan.rounds * len(measured)
@@ -186,7 +188,8 @@ def subjects(path: Path) -> list[Subject]:
             shards = sorted(file.parent.glob(file.name.replace("-00001-of-", "-*-of-")))
             found.append(_subject(root, file, file, "llama.cpp", sum(p.stat().st_size for p in shards)))
         elif file.suffix == ".onnx":
-            home = file.parent if (file.parent / "config.json").is_file() else file.parent.parent
+            described = any((file.parent / name).is_file() for name in ("config.json", "genai_config.json"))
+            home = file.parent if described else file.parent.parent
             found.append(_subject(root, home, file, "onnxruntime", _weight(home)))
             if (home / "genai_config.json").is_file():
                 found.append(_subject(root, home, file, "onnxruntime-genai", _weight(home)))

@@ -7,6 +7,7 @@ answer, seconds and bytes:
 |------------------|----------------------------------------------------------------------------------------------|
 | load             | from the open call to a model that can compute; libraries are imported before                |
 | prefill, decode  | a list of times, one a pass: the whole prompt at once; then `decode` tokens one by one        |
+| …_cpu            | processor time of the same passes: hardly depends on what else the machine does              |
 | memory           | peak resident memory of the process, mapped files included                                   |
 | memory_libraries | the same before the model was opened                                                         |
 
@@ -48,22 +49,24 @@ def run(job: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[dict[str, A
     make = ENGINES[job["runtime"]]()
     libraries = _peak()
     ids = np.random.default_rng(0).integers(5, _IDS, (1, int(job["prompt"])))
-    engine, load = _timed(lambda: make(job))
+    engine, (load, _) = _timed(lambda: make(job))
     count = int(job["decode"]) if engine.decode else 0
-    times: list[tuple[float, float]] = []
-    for _ in range(int(job["passes"]) + 1):
-        prefill = _timed(lambda: engine.prefill(ids))[1]
-        times.append((prefill, _timed(lambda: engine.decode(count))[1] if engine.decode and count else 0.0))
-    answer: dict[str, Any] = {"version": engine.version, "load": load, "prefill": [p for p, _ in times[1:]]}
-    if count:
-        answer["decode"] = [d for _, d in times[1:]]
+    answer: dict[str, Any] = {"version": engine.version, "load": load}
+    for index in range(int(job["passes"]) + 1):
+        parts = {"prefill": _timed(lambda: engine.prefill(ids))[1]}
+        if engine.decode and count:
+            parts["decode"] = _timed(lambda: engine.decode(count))[1]
+        for name, (wall, processor) in parts.items() if index else ():
+            answer.setdefault(name, []).append(wall)
+            answer.setdefault(f"{name}_cpu", []).append(processor)
     return {**answer, "memory": _peak(), "memory_libraries": libraries}, {}
 
 
-def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
+def _timed(work: Callable[[], Any]) -> tuple[Any, tuple[float, float]]:
+    """What it gives, and (wall, processor) seconds."""
+    start = time.perf_counter(), time.process_time()
     result = work()
-    return result, time.perf_counter() - start
+    return result, (time.perf_counter() - start[0], time.process_time() - start[1])
 
 
 def _peak() -> int:
