@@ -113,10 +113,8 @@ class Emitter:
         offsets = operands.pop("offsets", None)
         spec = nbits_of(weight)
         if self.style.portable:
-            attributes = {"axis": 1 if table else 0, "block_size": spec.block}
+            attributes = {"axis": 0, "block_size": spec.block}
             dense = self._append(nodes, "DequantizeLinear", list(operands.values()), attributes)
-            if table:
-                dense = self._append(nodes, "Transpose", [dense], {"perm": [1, 0]})
             product = self._append(nodes, "MatMul", [x, dense])
         else:
             rows, cols = weight.shape
@@ -141,11 +139,7 @@ class Emitter:
 
     def _minimum(self, x: ir.Value, offsets: ir.Value, spec: NBits, nodes: list[ir.Node]) -> ir.Value:
         """block_sums(x) @ offsets: what a minimum per block adds, without float zero points."""
-        if x.shape is None:
-            raise Unsupported(
-                f"the rank of {x.name} is unknown, so its block sums cannot be taken", tensor=offsets.name
-            )
-        shape = self._constant([0] * (len(x.shape) - 1) + [spec.blocks, spec.block])
+        shape = self._constant([0] * (_rank(x) - 1) + [spec.blocks, spec.block])
         blocks = self._append(nodes, "Reshape", [x, shape])
         sums = self._append(nodes, "ReduceSum", [blocks, self._constant([-1])], {"keepdims": 0})
         return self._append(nodes, "MatMul", [sums, offsets])
@@ -157,8 +151,10 @@ class Emitter:
         operands = self._operands(unit.name, weight, table=True)
         spec = nbits_of(weight)
         if self.style.portable:
-            rows = [self._append(nodes, "Gather", [operand, indices], {"axis": 0}) for operand in operands.values()]
-            self._append(nodes, "DequantizeLinear", rows, {"axis": -1, "block_size": spec.block})
+            rows = [self._append(nodes, "Gather", [operand, indices], {"axis": 1}) for operand in operands.values()]
+            values = self._append(nodes, "DequantizeLinear", rows, {"axis": 0, "block_size": spec.block})
+            rank = _rank(indices)
+            self._append(nodes, "Transpose", [values], {"perm": [*range(1, rank + 1), 0]})
             return
         codes = self._first("Reshape", operands["B"], [self._constant([weight.shape[0], -1])])
         attributes = {"bits": spec.bits, "block_size": spec.block, "gather_axis": 0, "quantize_axis": 1}
@@ -247,6 +243,12 @@ class Emitter:
 def _is_narrow(value: ir.Value) -> bool:
     """A float type that must be widened before it is computed with."""
     return value.dtype is not None and value.dtype.is_floating_point() and value.dtype.value != _FLOAT
+
+
+def _rank(value: ir.Value) -> int:
+    if value.shape is None:
+        raise Unsupported(f"the rank of {value.name} is not known in this graph")
+    return len(value.shape)
 
 
 def nbits_of(weight: Quantized) -> NBits:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _ELEMENTS = 1 << 22
 _MOST_NODES = 32
 _LOOKUPS = ("Gather", "GatherBlockQuantized")
-_JOINS = ("Add", "Cast", "DequantizeLinear")  # of values that the weight itself made
+_JOINS = ("Add", "Cast", "DequantizeLinear", "Transpose")  # of values that the weight itself made
 _RANK = 3
 _ROWS = 4096
 

@@ -28,6 +28,7 @@ from tightship.layout import AffineGrid, Arrays, Layout
 from tightship.target import Refused
 
 BLOCKS = (256, 128, 64, 32, 16)
+_RUN = 1 << 20  # elements that are packed at a time: rows are independent
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,13 @@ def pack(layout: Layout, arrays: Mapping[str, np.ndarray], spec: NBits) -> Array
     Raises:
         Malformed: a layout's scale is not constant over a block (the table above would be wrong).
     """
+    step = max(1, _RUN // max(spec.cols, 1))
+    runs = [slice(first, first + step) for first in range(0, len(arrays["codes"]), step)]
+    parts = [_pack_rows(layout, {key: a[rows] for key, a in arrays.items()}, spec) for rows in runs]
+    return {key: np.concatenate([p[key] for p in parts], axis=int(key == "offsets")) for key in parts[0]}
+
+
+def _pack_rows(layout: Layout, arrays: Mapping[str, np.ndarray], spec: NBits) -> Arrays:
     codes = arrays["codes"].astype(np.int16)
     half = 1 << (spec.bits - 1)
     grid = layout.grid(arrays)

@@ -11,13 +11,9 @@ Right operand of a MatMul, weight (N, K) = (out, in) turned to (K, N), axis 0:
 
 One scale a row and 8 bits, as integer kernels want it: codes INT8 (K, N), scales FLOAT (N), axis 1, no `block_size`.
 
-With a free minimum the codes are UINT4 / UINT8 and the zero point is 0. Table of a lookup (rows, cols), last axis:
-
-| operand     | type   | shape          | meaning                                                               |
-|-------------|--------|----------------|-----------------------------------------------------------------------|
-| codes       | INT8   | (rows, cols)   | one a byte, since Gather takes no narrower type everywhere            |
-| scales      | FLOAT  | (rows, blocks) |                                                                       |
-| zero_points | INT8   | (rows, blocks) |                                                                       |
+With a free minimum the codes are UINT4 / UINT8 and the zero point is 0. The table of a lookup lies in the same way, so
+that a head which shares it runs at full speed (a Transpose behind DequantizeLinear is not fused: the table would be
+decoded for every token). Its codes are INT8, since Gather takes no narrower type everywhere; it has zero points.
 
 Definition: DequantizeLinear-21 of ONNX; INT4 packing: docs/docsgen/source/technical/int4.md of ONNX.
 """
@@ -44,7 +40,7 @@ class Blocked:
 
     Attributes:
         nbits: the same matrix as MatMulNBits would hold it; blocks, zero points and offsets are the same.
-        table: (rows, cols) with one code a byte, for lookups.
+        table: with one code a byte, for lookups.
     """
 
     nbits: NBits
@@ -59,15 +55,14 @@ class Blocked:
 
     def shapes(self, rows: int) -> dict[str, tuple[int, tuple[int, ...]]]:
         """TensorProto type and shape of each operand for a matrix of `rows` rows."""
-        turn = (lambda a, b: (a, b)) if self.table else (lambda a, b: (b, a))
         found: dict[str, tuple[int, tuple[int, ...]]] = {
-            "codes": (self.code_type, turn(rows, self.nbits.cols)),
-            "scales": (FLOAT, turn(rows, self.nbits.blocks)),
+            "codes": (self.code_type, (self.nbits.cols, rows)),
+            "scales": (FLOAT, (self.nbits.blocks, rows)),
         }
         if self.nbits.zero_points and not self.nbits.offsets:
-            found["zero_points"] = (self.code_type, turn(rows, self.nbits.blocks))
+            found["zero_points"] = (self.code_type, (self.nbits.blocks, rows))
         if self.nbits.offsets:
-            found["offsets"] = (FLOAT, turn(rows, self.nbits.blocks))
+            found["offsets"] = (FLOAT, (self.nbits.blocks, rows))
         return found
 
     def nbytes(self, rows: int) -> int:
@@ -90,22 +85,19 @@ def pack(layout: Layout, arrays: Mapping[str, np.ndarray], spec: Blocked) -> Arr
     """Operands as bytes in file order: the same integers and scales, nothing rounded. INT4 operands are 1-D bytes."""
     operands = matmul_nbits.pack(layout, arrays, spec.nbits)
     unsigned, zero = matmul_nbits.unpack(operands, spec.nbits)
-    half = 0 if spec.nbits.offsets else 1 << (spec.nbits.bits - 1)
-    turn = (lambda a: a) if spec.table else np.transpose
-    packed = {
-        "codes": _lanes(turn(unsigned.astype(np.int16) - half), spec.code_type),
-        "scales": turn(operands["scales"]),
-    }
+    half = np.uint8(0 if spec.nbits.offsets else 1 << (spec.nbits.bits - 1))
+    packed = {"codes": _lanes(unsigned.T - half, spec.code_type), "scales": operands["scales"].T}
     shapes = spec.shapes(unsigned.shape[0])
     if "zero_points" in shapes:
-        packed["zero_points"] = _lanes(turn(zero.astype(np.int16) - half), spec.code_type)
+        packed["zero_points"] = _lanes(zero.T - half, spec.code_type)
     if "offsets" in shapes:
-        packed["offsets"] = operands["offsets"].T if spec.table else operands["offsets"]
+        packed["offsets"] = operands["offsets"]
     return packed
 
 
 def _lanes(codes: np.ndarray, kind: int) -> np.ndarray:
-    flat = np.ascontiguousarray(codes).reshape(-1).astype(np.uint8)  # two's complement of negative codes
+    """Codes in two's complement, uint8, packed in file order."""
+    flat = np.ascontiguousarray(codes).reshape(-1)
     if BITS[kind] == 8:
         return flat
     nibbles = np.zeros(flat.size + flat.size % 2, np.uint8)
