@@ -7,6 +7,12 @@ For every matrix, what reached it is summed up as *moments*:
 Products are float32 in runs of at most 4096 tokens, sums are float64. Twice `second` is the Hessian of the squared
 output error with respect to a row of the matrix; its diagonal is what llama.cpp calls the importance matrix.
 
+Where errors are to be propagated (QEP, arXiv:2504.09629), the blocks are walked a second time on untouched weights, and
+
+    drift = mean over tokens of (x - x') x'^T        (in, in) float64, x' what the solved blocks before really hand on
+
+says how inputs have moved: the matrix whose outputs on x' are nearest to W x is W + W drift second^-1.
+
 With a scratch directory every solved block is kept, so a killed run goes on with the next block and ends in the same
 bytes.
 """
@@ -16,7 +22,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +44,14 @@ _AllFigures = dict[str, Figures]
 
 @dataclass(frozen=True)
 class Moments:
-    """What reached a matrix: `second` as above, and from how many tokens (an expert sees only those routed to it)."""
+    """What reached a matrix: `second` as above, and from how many tokens (an expert sees only those routed to it).
+
+    `drift` as above where it was asked for and can be told: an expert's tokens are not the same in both walks.
+    """
 
     second: np.ndarray
     tokens: int
+    drift: np.ndarray | None = None
 
     @property
     def importance(self) -> np.ndarray:
@@ -93,6 +103,32 @@ class MomentSums:
         self._tokens[leader] = self._tokens.get(leader, 0) + len(rows)
 
 
+class DriftSums:
+    """Collects drift from two steps of the same block, one on untouched weights."""
+
+    def __init__(self, untouched: BlockStep, step: BlockStep, experts: Collection[str]) -> None:
+        self._sums: dict[str, Any] = {}
+        self._tokens = 0
+        for before, now in zip(untouched.inputs(), step.inputs(), strict=True):
+            added: dict[int, Any] = {}
+            for names, x in now.items():
+                if not experts & set(names):
+                    self._add(names, before[names], x, added)
+            self._tokens += max((len(x) for x in now.values()), default=0)
+
+    def of(self, name: str) -> np.ndarray | None:
+        """The drift of a matrix; None where its tokens cannot be paired."""
+        found = self._sums.get(name)
+        return None if found is None else found.cpu().numpy() / max(self._tokens, 1)
+
+    def _add(self, names: tuple[str, ...], before: Any, now: Any, added: dict[int, Any]) -> None:
+        """Matrices that are fed the same tensor share one product; `added` holds those of this batch by address."""
+        product = added.setdefault(now.data_ptr(), ((before - now).T @ now).double())
+        for name in names:
+            known = self._sums.get(name)
+            self._sums[name] = product if known is None else known + product
+
+
 def _same(a: Any, b: Any) -> bool:
     """Whether two tensors are the same memory, unchanged; both are alive, so an address is not a coincidence."""
     return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a._version == b._version)
@@ -106,24 +142,35 @@ def calibration_windows(checkpoint: Checkpoint, run: Run) -> Sequence[np.ndarray
     return generated_windows(view, tokens=run.tokens, sequence=run.sequence, seed=run.seed)
 
 
-def solve_blocks(checkpoint: Checkpoint, run: Run, wanted: Collection[str], solve: Solve, *, full: bool) -> _Weights:
+def solve_blocks(
+    checkpoint: Checkpoint,
+    run: Run,
+    wanted: Collection[str],
+    solve: Solve,
+    *,
+    full: bool,
+    drift: bool = False,
+) -> _Weights:
     """Solve the `wanted` matrices block by block; the new weights by on-disk name.
 
-    `full` asks for whole moments, otherwise their diagonal.
+    `full` asks for whole moments, otherwise their diagonal; `drift` for what errors before a matrix did to its inputs.
 
     Raises:
         Unsupported, Malformed: see `tightship.blocks` and `tightship.texts`; and what `solve` raises.
     """
     view = ModelView(checkpoint, threads=run.threads, device=run.device)
-    walk = BlockWalk(view, calibration_windows(checkpoint, run))
+    windows = calibration_windows(checkpoint, run)
+    walk = BlockWalk(view, windows)
+    untouched = BlockWalk(view, windows).steps() if drift else None
     blocks = len(walk.blocks)
     changed: _Weights = {}
     for step in walk.steps(outside=wanted):
         run.progress("calibrated blocks", step.index, blocks)
+        pair = (step, next(untouched) if untouched is not None and step.index < blocks else None)
         names = [name for name in step.linears if name in wanted]
         kept = _Kept(run.scratch, step.index)
         solved, figures = kept.load(checkpoint) or kept.save(
-            checkpoint, *_solve_block(checkpoint, step, names, solve, full)
+            checkpoint, *_solve_block(checkpoint, pair, names, solve, full)
         )
         for name, weight in solved.items():
             step.write(name, weight)
@@ -134,15 +181,20 @@ def solve_blocks(checkpoint: Checkpoint, run: Run, wanted: Collection[str], solv
 
 
 def _solve_block(
-    checkpoint: Checkpoint, step: BlockStep, names: Sequence[str], solve: Solve, full: bool
+    checkpoint: Checkpoint, pair: tuple[BlockStep, BlockStep | None], names: Sequence[str], solve: Solve, full: bool
 ) -> tuple[_Weights, _AllFigures]:
+    step, untouched = pair
     sums = MomentSums(full=full)
     if names:
         step.observe(sums)
+    experts = {info.name for info in checkpoint.linears() if info.expert is not None}
+    drifts = DriftSums(untouched, step, experts) if untouched is not None and names else None
     solved: _Weights = {}
     figures: _AllFigures = {}
     for name in names:
         moments = sums.of(name, checkpoint.resolve(name).shape[1])
+        if drifts is not None:
+            moments = replace(moments, drift=drifts.of(name))
         solved[name], found = solve(name, moments)
         figures[name] = {"tokens": moments.tokens, **found}
     return solved, figures

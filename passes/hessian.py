@@ -74,6 +74,15 @@ def damped(second: np.ndarray, damp: float) -> np.ndarray:
     return found
 
 
+def corrected(w: np.ndarray, second: np.ndarray, drift: np.ndarray, strength: float, damp: float) -> np.ndarray:
+    """W + strength * W drift (S + damp * mean(diag S) * I)^-1, float32: the W that suits drifted inputs.
+
+    `strength` 1 is least squares on the calibration tokens; less keeps some distance from them (QEP's alpha,
+    arXiv:2504.09629, equation 9). W (out, in) float32, S and drift (in, in) float64.
+    """
+    return (w + strength * np.linalg.solve(damped(second, damp), (w.astype(np.float64) @ drift).T).T).astype(np.float32)
+
+
 def loss(difference: np.ndarray, second: np.ndarray) -> float:
     """tr(D S D^T): mean square of the change of the outputs, summed over outputs. D (out, in), S (in, in)."""
     wide = difference.astype(np.float64)

@@ -37,7 +37,7 @@ _SOLVERS = {
     "gptq": "tightship.passes.quantize.gptq",
 }
 _IMPORTANCE_FILE = "tightship.passes.quantize.importance_file"
-_SOLVER_OPTIONS = ("actorder", "damp", "sweeps")
+_SOLVER_OPTIONS = ("actorder", "damp", "sweeps", "propagate")
 _INCLUDE = {"embeddings": ("embedding", "position"), "head": ("head",)}
 
 
@@ -58,7 +58,7 @@ class Solver(ABC):
 
     Class attributes:
         needs, revision, per_tensor: as of a pass.
-        options: which of `actorder`, `damp` and `sweeps` it has.
+        options: which of `actorder`, `damp`, `sweeps` and `propagate` it has.
     """
 
     needs: ClassVar[Needs] = "nothing"
@@ -100,7 +100,8 @@ class Quantize(Pass):
     """See the module.
 
     For gptq alone: `actorder` (static activation order; by default the better of both), `damp` (share of the mean
-    diagonal) and `sweeps` (of coordinate descent afterwards). For importance alone: `imatrix`, a file of llama.cpp's
+    diagonal), `sweeps` (of coordinate descent afterwards) and `propagate` (0 to 1: how far each matrix makes good for
+    the errors of the blocks before it). For importance alone: `imatrix`, a file of llama.cpp's
     importance matrix; no calibration is needed then.
     """
 
@@ -116,6 +117,7 @@ class Quantize(Pass):
     actorder: bool | None = None
     damp: float | None = None
     sweeps: int | None = None
+    propagate: float | None = None
     imatrix: str | None = None
 
     def __post_init__(self) -> None:
@@ -130,6 +132,8 @@ class Quantize(Pass):
             )
         if self.sweeps is not None and self.sweeps < 0:
             raise UsageError(f"quantize: sweeps is a count, found {self.sweeps}")
+        if self.propagate is not None and not 0 <= self.propagate <= 1:
+            raise UsageError(f"quantize: propagate is between 0 and 1, found {self.propagate}")
         if self.imatrix is not None and self.solver != "importance":
             raise UsageError(f"quantize: imatrix is for the solver importance, found {self.solver}")
         if self.imatrix is not None and not Path(self.imatrix).is_file():

@@ -54,7 +54,9 @@ class Calibrated(Solver):
             figures = {f"right_{k}": v for k, v in first.items()} | {f"left_{k}": v for k, v in second.items()}
             return Factored(Quantized.of(left.layout, arrays), solved_right), figures
 
-        solved = solve_blocks(checkpoint, run, tensors, one, full=self.full or _has_factors(matrices))
+        solved = solve_blocks(
+            checkpoint, run, tensors, one, full=self.full or _has_factors(matrices), drift=bool(spec.propagate)
+        )
         found = {part: weight for name, stored in solved.items() for part, weight in _parts(name, stored)}
         for name in matrices.keys() - found.keys():
             found[name] = lazily(name, matrices[name], None)

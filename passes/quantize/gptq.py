@@ -4,6 +4,8 @@ Both orders of `feedback` are tried, unless `actorder` says which; the better on
 Feedback can lose to plain rounding on a matrix that few tokens reached; of all candidates the one with the least
 calibration loss is kept, and the report says which. A matrix whose moments have no inverse is an error, never a silent
 rounding.
+
+With `propagate` the loss is against what the matrix should be on inputs that carry the errors of the blocks before.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import numpy as np
 from tightship.errors import Unsupported
 from tightship.layout import Arrays
 from tightship.passes.calibration import Figures, Moments
-from tightship.passes.hessian import DAMP, NotPositive
+from tightship.passes.hessian import DAMP, NotPositive, corrected
 from tightship.passes.quantize import Matrix, Quantize
 from tightship.passes.quantize.calibrated import Calibrated, error, output_energy, rounded, values
 from tightship.passes.quantize.descent import descend
@@ -28,7 +30,7 @@ class Gptq(Calibrated):
     """See the module."""
 
     full: ClassVar[bool] = True
-    options: ClassVar[frozenset[str]] = frozenset({"actorder", "damp", "sweeps"})
+    options: ClassVar[frozenset[str]] = frozenset({"actorder", "damp", "sweeps", "propagate"})
 
     def check_matrix(self, name: str, matrix: Matrix) -> None:
         if matrix.layout.code_width > 1:
@@ -41,7 +43,7 @@ class Gptq(Calibrated):
     def matrix(
         self, spec: Quantize, name: str, matrix: Matrix, moments: Moments, *, pruned: bool, device: str
     ) -> tuple[Arrays, Figures]:
-        w = values(name, matrix)
+        w = _wanted(spec, values(name, matrix), moments, pruned=pruned)
         (plain, loss_rtn), (searched, loss_searched) = rounded(name, matrix, w, moments)
         fed_back, word = self._fed_back(spec, name, matrix, moments, w, pruned=pruned, device=device)
         candidates = {
@@ -78,6 +80,15 @@ class Gptq(Calibrated):
             sweeps=SWEEPS if spec.sweeps is None else spec.sweeps, damp=damp, keep_zeros=pruned, device=device,
         )  # fmt: skip
         return best, word
+
+
+def _wanted(spec: Quantize, w: np.ndarray, moments: Moments, *, pruned: bool) -> np.ndarray:
+    """The matrix to come near to: itself, or with `propagate` what makes good for errors before it; zeros stay."""
+    if not spec.propagate or moments.drift is None:
+        return w
+    damp = DAMP if spec.damp is None else spec.damp
+    target = corrected(w, moments.second, moments.drift, spec.propagate, damp)
+    return np.where(w == 0, np.float32(0), target) if pruned else target
 
 
 SOLVER = Gptq()

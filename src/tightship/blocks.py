@@ -107,6 +107,21 @@ class BlockStep:
             for batch in self._walk.batches:
                 self._walk.run(self.index, batch)
 
+    def inputs(self) -> Iterator[dict[tuple[str, ...], torch.Tensor]]:
+        """Batch by batch, what each matrix is multiplied with: names fused in one product -> float32 (tokens, in).
+
+        For matrices that one product a batch feeds all tokens; of an expert only the last product is told.
+        """
+        for batch in self._walk.batches:
+            seen: dict[tuple[str, ...], torch.Tensor] = {}
+
+            def note(names: tuple[str, ...], x: Any, seen: dict[tuple[str, ...], torch.Tensor] = seen) -> None:
+                seen[names] = x.reshape(-1, x.shape[-1])
+
+            with self._walk.view.computing(), multiplications(self._factors(self.linears), note):
+                self._walk.run(self.index, batch)
+            yield seen
+
     def _view(self, name: str) -> torch.Tensor:
         view = self._walk.addresses[name].view(self._walk.module)
         return view.T if self._walk.infos[name].rule.transposed else view

@@ -17,6 +17,7 @@ from tightship.modelview import ModelView
 from tightship.opening import open_checkpoint
 from tightship.passes.base import Run
 from tightship.passes.calibration import calibration_windows
+from tightship.passes.hessian import corrected
 from tightship.passes.quantize import Quantize
 from tightship.weights import Dense, Factored, Quantized
 
@@ -197,3 +198,39 @@ def test_options_belong_to_their_solver() -> None:
             Quantize(solver="importance", layout="int4", **options)
     with pytest.raises(UsageError, match="at most 1"):
         Quantize(solver="gptq", layout="int4", damp=2.0)
+
+
+def test_propagation_is_least_squares_against_the_untouched_model(ember: Checkpoint) -> None:
+    """The drift of block 1 after a coarse block 0, from hooks on whole models, and what becomes of the outputs."""
+    windows = np.stack(calibration_windows(ember, run_with({})))
+    lost = {}
+    for strength in (0.0, 1.0):
+        result = Quantize(solver="gptq", layout="int2-asym", sweeps=0, propagate=strength).apply(ember, run_with({}))
+        before = {i.name: result.weights[i.name] for i in ember.linears() if i.block == 0}
+        untouched, drifted = inputs(ember, windows), inputs(ember.with_weights(before), windows)
+        for info in ember.linears():
+            if info.block == 1:
+                w, q = (c.weights[info.name].value().astype(np.float64) for c in (ember, result))
+                error = untouched[info.name] @ w.T - drifted[info.name] @ q.T
+                lost[strength, info.name] = float((error**2).sum())
+    better = [lost[1.0, name] < lost[0.0, name] for strength, name in lost if strength]
+    assert all(better)
+
+
+def test_a_corrected_matrix_is_what_least_squares_finds() -> None:
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((200, 12)), rng.standard_normal((5, 12)).astype(np.float32)
+    moved = x + 0.3 * rng.standard_normal((200, 12))
+    expected = np.linalg.lstsq(moved, x @ w.T, rcond=None)[0].T
+    second, drift = moved.T @ moved / 200, (x - moved).T @ moved / 200
+    np.testing.assert_allclose(corrected(w, second, drift, 1.0, 1e-12), expected, atol=1e-6)
+    np.testing.assert_array_equal(corrected(w, second, drift, 0.0, 0.01), w)
+
+
+def test_experts_are_left_out_of_propagation(tiny: Callable[[str], Checkpoint]) -> None:
+    checkpoint = tiny("mixtral")
+    windows = list(np.random.default_rng(0).integers(0, 96, (8, 32)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tightship.passes.calibration.calibration_windows", lambda *_: windows)
+        result = Quantize(solver="gptq", layout="int4", propagate=0.5).apply(checkpoint, run_with({}))
+    assert ModelView(result).outputs(np.stack(windows))

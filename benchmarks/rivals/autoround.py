@@ -1,0 +1,48 @@
+"""AutoRound in an environment that has it: `python autoround.py quantize|logits JOB.json`.
+
+Its defaults (200 iterations of signed gradient descent a block), the same calibration windows as everybody. Its own
+loader computes the logits, since its files are its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def quantize(job: dict) -> None:
+    from auto_round import AutoRound
+
+    model = AutoModelForCausalLM.from_pretrained(job["source"], dtype=torch.float32)
+    rows = [torch.from_numpy(row)[None] for row in np.load(job["windows"])]
+    rounder = AutoRound(
+        model,
+        AutoTokenizer.from_pretrained(job["source"]),
+        scheme={"bits": job["bits"], "group_size": job["group"], "sym": job["symmetric"], "data_type": "int"},
+        dataset=torch.utils.data.DataLoader(rows, batch_size=None),
+        nsamples=len(rows),
+        seqlen=rows[0].shape[1],
+        device_map="cpu",
+        enable_torch_compile=False,
+    )
+    rounder.quantize_and_save(job["out"], format="auto_round")
+
+
+def logits(job: dict) -> None:
+    found = next(p for p in [Path(job["artifact"]), *Path(job["artifact"]).rglob("*")] if (p / "config.json").exists())
+    model = AutoModelForCausalLM.from_pretrained(found, dtype=torch.float32, device_map="cpu").eval()
+    with torch.inference_mode():
+        rows = [model(torch.from_numpy(row)[None]).logits[0].float().numpy() for row in np.load(job["tests"])]
+    np.save(job["logits"], np.stack(rows))
+
+
+if __name__ == "__main__":
+    what, file = sys.argv[1:]
+    settings = json.loads(Path(file).read_text())
+    torch.set_num_threads(settings["threads"])
+    {"quantize": quantize, "logits": logits}[what](settings)

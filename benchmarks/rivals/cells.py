@@ -1,0 +1,85 @@
+"""What is compared with what: one cell a format, in it every maker that can make it, the peer first. Data, no code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Cell = dict[str, Any]
+
+GGUF = ("q2_k", "q3_k_m", "iq4_xs", "q4_k_m", "q5_k_m")
+ONNX = ((32, True), (32, False), (128, True), (128, False))
+SAFETENSORS = ((4, 32), (4, 128), (3, 128), (2, 32))
+PROPAGATED = ("q2_k", "q3_k_m", "int3-g128", "int2-g32")
+SUBSETS = ("first", "second", "third")
+
+
+def _ours(layout: str, **options: Any) -> list[dict[str, Any]]:
+    return [{"use": "quantize", "with": {"layout": layout, "solver": "gptq", **options}}]
+
+
+def gguf_cells() -> list[Cell]:
+    cells = []
+    for scheme in GGUF:
+        ours = {"maker": "ours", "passes": [], "scheme": scheme}
+        makers = {
+            "llama-quantize": {"maker": "llama-quantize", "scheme": scheme},
+            "ours": {**ours, "with": {"solver": "gptq"}},
+        }
+        if scheme in PROPAGATED:
+            makers["ours, propagated"] = {**ours, "with": {"solver": "gptq", "propagate": 0.5}}
+        cells.append({"cell": f"gguf {scheme}", "container": "gguf", "makers": makers})
+    return cells
+
+
+def onnx_cells() -> list[Cell]:
+    """The same bytes: float32 scales on both sides, zero points of 4 bits; the builder's integers are symmetric."""
+    cells = []
+    for group, symmetric in ONNX:
+        layout = f"int4-g{group}" + ("" if symmetric else "-asym")
+        theirs = {"maker": "ort", "bits": 4, "group": group, "symmetric": symmetric, "data_free": True}
+        makers: dict[str, Any] = {"ort default": {**theirs, "algorithm": "default"}}
+        if symmetric:
+            makers["genai builder"] = {"maker": "genai-builder", "group": group, "data_free": True}
+        else:
+            makers["ort k_quant"] = {**theirs, "algorithm": "k_quant"}
+        makers["ours"] = {"maker": "ours", "passes": _ours(layout), "with": {"accuracy_level": 0}}
+        cells.append({"cell": f"onnx {layout}", "container": "onnx", "makers": makers})
+    return cells
+
+
+def safetensors_cells() -> list[Cell]:
+    cells = []
+    for bits, group in SAFETENSORS:
+        layout = f"int{bits}-g{group}"
+        theirs = {"bits": bits, "group": group, "symmetric": True}
+        makers = {
+            "llm-compressor": {"maker": "llm-compressor", **theirs},
+            "autoround": {"maker": "autoround", **theirs},
+            "ours": {"maker": "ours", "passes": _ours(layout)},
+        }
+        if layout in PROPAGATED:
+            makers["ours, propagated"] = {"maker": "ours", "passes": _ours(layout, propagate=0.5)}
+        cells.append({"cell": f"safetensors {layout}", "container": "safetensors", "makers": makers})
+    return cells
+
+
+def controls() -> list[Cell]:
+    """A shuffled Hessian, the other text, and layouts that lose nothing."""
+    ours = {"maker": "ours", "passes": [], "scheme": "q3_k_m", "with": {"solver": "gptq"}}
+    lossless = {
+        container: {"maker": "ours", "container": container, "passes": [], "scheme": word, "data_free": True}
+        for container, word in (("gguf", "f32"), ("onnx", "fp32"), ("safetensors", "f32"))
+    }
+    return [
+        {
+            "cell": "control q3_k_m",
+            "container": "gguf",
+            "makers": {
+                "importance": {**ours, "with": {"solver": "importance"}},
+                "gptq": ours,
+                "gptq, moments shuffled": {**ours, "shuffled": True},
+                "gptq, the other text": {**ours, "other": True},
+            },
+        },
+        {"cell": "lossless", "container": "gguf", "makers": lossless},
+    ]
