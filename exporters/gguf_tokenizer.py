@@ -153,7 +153,7 @@ def read_files(checkpoint: Checkpoint) -> TokenizerFiles:
 
 
 def _vocabulary(files: TokenizerFiles) -> Vocabulary:
-    from tightship.exporters import gguf_vocab_bpe, gguf_vocab_spm, gguf_vocab_wordpiece
+    from tightship.exporters import gguf_vocab_bpe, gguf_vocab_spm, gguf_vocab_unigram, gguf_vocab_wordpiece
 
     model = files.table["model"]
     kind = model.get("type") or ("BPE" if "merges" in model else None)
@@ -161,8 +161,10 @@ def _vocabulary(files: TokenizerFiles) -> Vocabulary:
         return gguf_vocab_wordpiece.vocabulary(files)
     if kind == "BPE":
         return (gguf_vocab_spm if model.get("byte_fallback") else gguf_vocab_bpe).vocabulary(files)
+    if kind == "Unigram":
+        return gguf_vocab_unigram.vocabulary(files)
     raise Unsupported(
-        f"tokenizer model {kind!r} has no mapping to llama.cpp", hint="BPE and WordPiece tokenizers are mapped"
+        f"tokenizer model {kind!r} has no mapping to llama.cpp", hint="BPE, WordPiece and Unigram tokenizers are mapped"
     )
 
 

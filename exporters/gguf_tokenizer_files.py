@@ -1,14 +1,17 @@
 """The way back: tokenizer.json and tokenizer_config.json of a GGUF file's metadata.
 
-BPE of both kinds and WordPiece; what gguf_tokenizer writes is read again with the same ids. A file from elsewhere may
-use a pre-tokenizer whose structure we do not know: Unsupported, naming it.
+BPE of both kinds, unigram and WordPiece; what gguf_tokenizer writes is read again with the same ids. A file from
+elsewhere may use a pre-tokenizer whose structure we do not know: Unsupported, naming it.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from tightship.errors import Malformed, Unsupported
 from tightship.exporters import gguf_vocab_bpe
@@ -29,7 +32,7 @@ def tokenizer_files(metadata: Metadata) -> dict[str, bytes]:
     model = metadata.get("tokenizer.ggml.model", "no_vocab")
     if model in ("no_vocab", "none"):
         return {}
-    writers = {"gpt2": _byte_level, "llama": _sentence_piece, "bert": _word_piece}
+    writers = {"gpt2": _byte_level, "llama": _sentence_piece, "bert": _word_piece, "t5": _unigram}
     if model not in writers:
         raise Unsupported(f"the GGUF tokenizer {model!r} cannot be turned into tokenizer.json")
     tokens, types = _tokens(metadata)
@@ -170,6 +173,27 @@ def _sentence_piece(metadata: Metadata, tokens: list[str], types: list[int]) -> 
         "post_processor": _template(metadata, tokens),
         "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
         "model": _bpe(vocab, merges, False, unknown),
+    }
+
+
+def _unigram(metadata: Metadata, tokens: list[str], types: list[int]) -> dict[str, Any]:
+    scores, charsmap = metadata.get("tokenizer.ggml.scores"), metadata.get("tokenizer.ggml.precompiled_charsmap")
+    if scores is None or len(scores) < len(tokens) or charsmap is None:
+        raise Malformed("a t5 tokenizer needs tokenizer.ggml.scores for every token, and a precompiled_charsmap")
+    last = max(i for i, kind in enumerate(types) if kind != UNUSED) + 1
+    words = {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": "always", "split": True}
+    table = base64.b64encode(bytes(np.asarray(charsmap, np.uint8))).decode()
+    return {
+        "normalizer": {"type": "Precompiled", "precompiled_charsmap": table},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, words]},
+        "post_processor": _template(metadata, tokens),
+        "decoder": words,
+        "model": {
+            "type": "Unigram",
+            "unk_id": int(metadata.get("tokenizer.ggml.unknown_token_id", 2)),
+            "vocab": [[text, float(score)] for text, score in zip(tokens[:last], scores[:last], strict=True)],
+            "byte_fallback": False,
+        },
     }
 
 

@@ -38,6 +38,7 @@ LIMITS: Mapping[str, Mapping[str, Callable[[str, Vocabulary], bool]]] = {
         "a space in front": lambda text, _: text[:1] in (" ", WORD_START),
         "special tokens in the text": lambda text, vocabulary: any(word in text for word in vocabulary.special),
     },
+    "t5": {"U+2581 at the start of a word": lambda text, _: any(word[0] == WORD_START for word in text.split())},
 }
 _SHOWN = 60
 

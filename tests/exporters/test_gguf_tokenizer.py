@@ -16,6 +16,7 @@ from tightship.checkpoint import Checkpoint
 from tightship.errors import Malformed, Unsupported
 from tightship.exporters import gguf_vocab_bpe
 from tightship.exporters.gguf_tokenizer import tokenizer_fields
+from tightship.exporters.gguf_tokenizer_files import tokenizer_files
 from tightship.exporters.to_gguf import GgufExporter
 from tightship.opening import open_checkpoint
 from tightship.target import Target, no_progress
@@ -239,3 +240,36 @@ def test_merges_that_scores_cannot_say_are_refused(strings: list[str], tmp_path:
     checkpoint = with_tokenizer(sentence_piece(strings, "gemma", tmp_path, complete=False), rows=1460)
     with pytest.raises(Unsupported, match="ways"):
         tokenizer_fields(checkpoint)
+
+
+def test_unigram(unigram: Path, strings: list[str], tmp_path: Path) -> None:
+    checkpoint = with_tokenizer(unigram, rows=2048)
+    fields, _ = tokenizer_fields(checkpoint)
+    assert fields["tokenizer.ggml.model"].value == "t5"
+    ours = [text for text in strings if not any(word[0] == "\u2581" for word in text.split())]
+    assert len(ours) > 2300
+    compare(checkpoint, ours, tmp_path, special=True)
+
+
+def test_unigram_comes_back(unigram: Path, strings: list[str]) -> None:
+    checkpoint = with_tokenizer(unigram, rows=2048)
+    files = tokenizer_files({key: field.value for key, field in tokenizer_fields(checkpoint)[0].items()})
+    first, second = (Tokenizer.from_str(f["tokenizer.json"].decode()) for f in (checkpoint.files, files))
+    assert [e.ids for e in first.encode_batch(strings)] == [e.ids for e in second.encode_batch(strings)]
+
+
+@pytest.mark.parametrize(
+    ("edits", "kind", "message"),
+    [
+        ({"normalizer": None}, Unsupported, "normalizer None"),
+        ({"normalizer": {"type": "NFKC"}}, Unsupported, "NFKC"),
+        ({"pre_tokenizer": {"type": "WhitespaceSplit"}}, Unsupported, "WhitespaceSplit"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "!"}}, Malformed, "not base64"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/wAAAA=="}}, Malformed, "tree has 255"),
+    ],
+)
+def test_unigram_structures_that_llama_cpp_lacks(
+    edits: dict[str, Any], kind: type[Exception], message: str, unigram: Path
+) -> None:
+    with pytest.raises(kind, match=message):
+        tokenizer_fields(with_table(unigram, rows=2048, **edits))
