@@ -10,11 +10,12 @@ from tightship.errors import UsageError
 from tightship.formats.layouts.ggml_base import GgmlLayout
 from tightship.layout import Layout
 
-_MODULES = ("affine", "ggml_affine", "k_quants", "iq4", "ternary", "mx", "iq_grid")
+_MODULES = ("affine", "ggml_affine", "k_quants", "iq4", "ternary", "mx", "iq_grid", "float8")
 for _module in _MODULES:
     importlib.import_module(f"tightship.formats.layouts.{_module}")
 
 _INT = re.compile(r"int(?P<bits>[2-8])(?:-(?:g(?P<group>[1-9]\d*)|(?P<channel>channel)))?(?P<asym>-asym)?")
+_FLOAT8 = {"": (0, 0), "-channel": (1, 0), "-block": (128, 128)}
 
 
 def _named() -> dict[str, dict[str, object]]:
@@ -23,6 +24,11 @@ def _named() -> dict[str, dict[str, object]]:
         "q8_0": {"kind": "affine", "bits": 8},
         "q5_0": {"kind": "affine", "bits": 5},
         "q4_0": {"kind": "affine", "bits": 4},
+        "mxfp8": {"kind": "mxfp8"},
+        **{
+            f"fp8-e4m3{word}": {"kind": "float8", "tile_rows": rows, "group_size": cols}
+            for word, (rows, cols) in _FLOAT8.items()
+        },
     } | {kind: {"kind": kind} for kind, layout in Layout.registry.items() if issubclass(layout, GgmlLayout)}
 
 

@@ -1,12 +1,15 @@
 """MXFP4 and NVFP4: the floats of four bits (E2M1) with a one-byte scale for each group.
 
-| array | dtype | mxfp4             | nvfp4             | meaning                                                |
-|-------|-------|-------------------|-------------------|--------------------------------------------------------|
-| codes | uint8 | (rows, cols)      | (rows, cols)      | 0..15: bit 3 sign, magnitude `LEVELS[code & 7]`        |
-| scale | uint8 | (rows, cols / 32) | (rows, cols / 16) | E8M0: 2^(scale - 127); UE4M3: bits of `ue4m3_values`   |
+| array   | dtype   | mxfp4             | nvfp4             | meaning                                              |
+|---------|---------|-------------------|-------------------|------------------------------------------------------|
+| codes   | uint8   | (rows, cols)      | (rows, cols)      | 0..15: bit 3 sign, magnitude `LEVELS[code & 7]`      |
+| scale   | uint8   | (rows, cols / 32) | (rows, cols / 16) | E8M0: 2^(scale - 127); UE4M3: bits of `ue4m3_values` |
+| divisor | float32 |                   | (rows, 1)         | nvfp4-scaled only: the same on every row             |
 
-value = level * scale (* `tensor_scale`, NVFP4 only: the format's second, float32 scale, one for the whole tensor; GGUF
-stores it as a tensor of its own beside the blocks).
+value = level * scale (/ divisor). GGML's NVFP4 has one level of scales. `nvfp4-scaled` has NVIDIA's second, one for
+the whole tensor, by which compressed-tensors divides (`weight_global_scale`). It is fitted to a power of two: the group
+scales are floats themselves, so a finer factor gains nothing, and every decoder's product is exact, those included that
+multiply in bfloat16.
 
 Scales are GGML's (`quantize_row_mxfp4_ref`, `quantize_row_nvfp4_ref`); there is no search, importance changes nothing.
 OCP Microscaling Formats 1.0, sections 5.3 and 6.3.
@@ -16,15 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from tightship.errors import Malformed
 from tightship.formats.layouts import ggml_kernels as kernels
 from tightship.formats.layouts.ggml_base import GgmlLayout
 from tightship.formats.threads import over_blocks
-from tightship.layout import Arrays, Context, TableGrid
+from tightship.layout import Arrays, ArraySpec, Context, TableGrid
 
 LEVELS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 TABLE = np.concatenate([LEVELS, -LEVELS])
@@ -95,25 +97,43 @@ class NVFP4(_Fp4):
     width: ClassVar[int] = 64
     group: ClassVar[int] = 16
     parameters: ClassVar[dict[str, tuple[type[np.generic], int]]] = {"scale": (np.uint8, 4)}
-    tensor_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (self.tensor_scale > 0 and np.isfinite(self.tensor_scale) and np.float32(self.tensor_scale) > 0):
-            raise Malformed(f"an nvfp4 tensor scale must be a positive float32, found {self.tensor_scale!r}")
-
-    @classmethod
-    def for_tensor(cls, magnitude: float) -> NVFP4:
-        """The layout that says the largest magnitude of the tensor with the group scale 240."""
-        return cls(float(np.float32(magnitude) / (LARGEST_GAPLESS * LEVELS[-1]))) if magnitude > 0 else cls()
 
     def unit(self, scale: np.ndarray) -> np.ndarray:
-        return ue4m3_values(scale) * float(np.float32(self.tensor_scale))
+        return ue4m3_values(scale)
 
     def store(self, magnitude: np.ndarray) -> np.ndarray:
-        return to_ue4m3(magnitude / np.float32(self.tensor_scale) / LEVELS[-1])
+        return to_ue4m3(magnitude / LEVELS[-1])
 
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "tensor_scale": self.tensor_scale}
+
+@dataclass(frozen=True)
+class ScaledNVFP4(NVFP4):
+    """The same with a scale for the whole tensor; rows of whole groups suffice."""
+
+    kind: ClassVar[str] = "nvfp4-scaled"
+    width: ClassVar[int] = 16
+    parameters: ClassVar[dict[str, tuple[type[np.generic], int]]] = {"scale": (np.uint8, 1)}
+
+    @property
+    def rows_together(self) -> int:
+        return 0
+
+    def array_specs(self, shape: tuple[int, int]) -> dict[str, ArraySpec]:
+        return {**super().array_specs(shape), "divisor": ArraySpec(np.dtype(np.float32), (shape[0], 1))}
+
+    def fit(self, w: np.ndarray, importance: np.ndarray | None = None, context: Context | None = None) -> Arrays:
+        """The tensor's largest group gets a scale between 120 and 240; above, GGML's floats differ from NVIDIA's."""
+        magnitude = np.abs(w).max(initial=0) / (LARGEST_GAPLESS * LEVELS[-1])
+        exponent = int(np.ceil(np.log2(magnitude))) if magnitude > 0 else 0
+        step = np.float32(np.ldexp(1.0, exponent))
+        arrays = super().fit(np.asarray(w, np.float32) / step, importance, context)
+        return {**arrays, "divisor": np.full((len(w), 1), 1 / step, np.float32)}
+
+    def grid(self, params: Mapping[str, np.ndarray]) -> TableGrid:
+        plain = super().grid(params)
+        return TableGrid(plain.scale / params["divisor"], plain.table)
+
+    def values(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        return super().values(arrays) / arrays["divisor"].astype(np.float64)
 
 
 def ue4m3_values(scale: np.ndarray) -> np.ndarray:

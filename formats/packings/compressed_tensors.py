@@ -146,6 +146,13 @@ def unpack_quantized(layout: Affine, tensors: Mapping[str, np.ndarray]) -> Array
     return arrays
 
 
+def plain_specs(layout: Affine, shape: tuple[int, int]) -> dict[str, ArraySpec]:
+    """The tensors of int-quantized and naive-quantized, by suffix, without data."""
+    groups = (shape[0], layout.blocks_per_row(shape[1]))
+    specs = {"weight": ArraySpec(np.dtype(np.int8), shape), "weight_scale": ArraySpec(np.dtype(np.float32), groups)}
+    return specs if layout.symmetric else {**specs, "weight_zero_point": ArraySpec(np.dtype(np.int8), groups)}
+
+
 def plain_quantized(layout: Affine, arrays: Mapping[str, np.ndarray]) -> Arrays:
     """Logical arrays to the tensors of int-quantized and naive-quantized."""
     plain = {"weight": arrays["codes"], "weight_scale": arrays["scale"].astype(np.float32)}

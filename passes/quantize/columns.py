@@ -30,7 +30,9 @@ class Columns:
         import torch
 
         def wide(values: Any) -> torch.Tensor:
-            return torch.from_numpy(np.broadcast_to(np.asarray(values), shape).astype(np.float64)).to(device)
+            array = np.asarray(values)
+            within = array[:, : shape[1]] if array.ndim == 2 else array  # a grid's last tile may reach further
+            return torch.from_numpy(np.broadcast_to(within, shape).astype(np.float64)).to(device)
 
         if isinstance(grid, AffineGrid):
             return cls(wide(grid.scale), wide(grid.offset), grid.lo, grid.hi, None)

@@ -1,7 +1,7 @@
 """Round to nearest: each tensor's own search (`Layout.quantize`), nothing else. Data-free, streamed.
 
-Rows are independent in every layout, so a tensor goes through in runs of whole rows, widened to float32 run by run: the
-working memory is the tensor as stored, the result, and a few times `_CHUNK`.
+A tensor goes through in runs of whole rows, widened to float32 run by run: the working memory is the tensor as stored,
+the result, and a few times `_CHUNK`. Rows that share parameters stay in one run (`Layout.rows_together`).
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def quantize(name: str, w: np.ndarray, layout: Layout, importance: np.ndarray | 
     rows, cols = w.shape
     specs = layout.array_specs((rows, cols))
     arrays = {key: np.empty(spec.shape, spec.dtype) for key, spec in specs.items()}
-    step = max(1, _CHUNK // max(cols, 1))
+    together = layout.rows_together or rows
+    step = max(1, _CHUNK // max(cols * together, 1)) * together
     for first in range(0, rows, step):
         part = finite(name, w[first : first + step].astype(np.float32, copy=False))
         for key, values in layout.quantize(part, importance).items():

@@ -97,6 +97,11 @@ class Layout(ABC):
         """Columns of one independent block; 0 means the whole row."""
 
     @property
+    def rows_together(self) -> int:
+        """Rows that share parameters and are fitted in one piece; 0 means all. Arrays are row-wise all the same."""
+        return 1
+
+    @property
     @abstractmethod
     def keeps_zero(self) -> bool:
         """True if 0.0 is sayable in every block, so that pruned weights stay zero."""

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, dequantize
 
-from tightship.errors import Malformed, UsageError
+from tightship.errors import UsageError
 from tightship.formats.layouts import parse_layout
-from tightship.formats.layouts.mx import NVFP4, to_ue4m3, ue4m3_values
+from tightship.formats.layouts.mx import NVFP4, ScaledNVFP4, to_ue4m3, ue4m3_values
 from tightship.formats.packings.ggml import pack_ggml
 from tightship.layout import AffineGrid, Layout
 
@@ -83,20 +83,13 @@ def test_ue4m3_bytes_are_the_nearest() -> None:
 
 
 def test_nvfp4_with_a_scale_for_the_tensor() -> None:
-    """Scaling the weights and the tensor scale by a power of two changes no byte; small weights fit better."""
+    """Scaling the weights by a power of two moves the divisor alone; small weights fit better than with one level."""
     w = gaussian() / 16
-    layout = NVFP4.for_tensor(float(np.abs(w).max()))
-    arrays = layout.quantize(w)
-    larger = NVFP4(tensor_scale=layout.tensor_scale * 1024)
-    assert all(np.array_equal(a, arrays[key]) for key, a in larger.quantize(w * np.float32(1024)).items())
-    assert arrays["scale"].max() == 0x77
-    plain = NVFP4()
+    layout, plain = ScaledNVFP4(), NVFP4()
+    arrays, larger = layout.quantize(w), layout.quantize(w * np.float32(1024))
+    assert all(np.array_equal(arrays[key], larger[key]) for key in ("codes", "scale"))
+    assert np.array_equal(arrays["divisor"], larger["divisor"] * 1024)
+    assert 120 < ue4m3_values(arrays["scale"]).max() <= 240
     error = np.square(layout.values(arrays) - w).mean()
     assert error < 0.6 * np.square(plain.values(plain.quantize(w)) - w).mean()
     assert Layout.from_json(layout.to_json()) == layout
-
-
-@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), 1e-60])
-def test_nvfp4_refuses_a_senseless_scale(scale: float) -> None:
-    with pytest.raises(Malformed, match="tensor scale"):
-        NVFP4(tensor_scale=scale)
