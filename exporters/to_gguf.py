@@ -63,6 +63,9 @@ class GgufExporter:
             for source in tensor.sources
         }
 
+    def activations_for(self, target: Target) -> str | None:  # noqa: ARG002 - llama.cpp rounds activations by itself
+        return None
+
     def plan(self, checkpoint: Checkpoint, target: Target) -> TargetPlan:
         """Types and sizes of all tensors and of the file, exact, without reading a weight.
 

@@ -45,6 +45,9 @@ class OnnxExporter:
         """
         return layouts_of(checkpoint, target)
 
+    def activations_for(self, target: Target) -> str | None:  # noqa: ARG002 - int8-dynamic is in the graph
+        return None
+
     def plan(self, checkpoint: Checkpoint, target: Target) -> TargetPlan:
         """Storage and bytes of every tensor, without data.
 

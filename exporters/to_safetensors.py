@@ -1,8 +1,8 @@
 """safetensors artifacts: what transformers, vLLM and SGLang open.
 
-Float tensors keep their element type. Affine integers are written as compressed-tensors pack-quantized, the same
-integers and scales that every other container gets. Aliases are not stored: config.json ties them. Names are those on
-disk, and Conv1D matrices are turned back.
+Float tensors keep their element type. Quantized matrices are written as compressed-tensors, GPTQ, AWQ or fine-grained
+FP8, the same codes and scales that every other container gets. Aliases are not stored: config.json ties them. Names
+are those on disk, and Conv1D matrices are turned back.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from tightship.dtypes import dtype
 from tightship.errors import UsageError
 from tightship.exporters.ct_config import check_readable, module, quantization_config, reader_notes
 from tightship.exporters.hf_config import config_bytes, portable_config
-from tightship.exporters.safetensors_items import in_order, items, storage
-from tightship.exporters.safetensors_schemes import layouts_of, shard_size
+from tightship.exporters.method_configs import method_config
+from tightship.exporters.safetensors_items import COMPRESSED, Item, in_order, items
+from tightship.exporters.safetensors_schemes import activations_of, layouts_of, method_of, shard_size
 from tightship.exporters.safetensors_shards import Shard, cut, index_bytes
-from tightship.formats.layouts.affine import Affine
 from tightship.formats.safetensors_file import SafetensorsWriter
 from tightship.layout import Layout
-from tightship.target import Exact, Exported, Progress, Target, TargetPlan, TensorPlan, no_progress, sorted_files
+from tightship.target import Exported, Progress, Target, TargetPlan, TensorPlan, no_progress, sorted_files
 from tightship.weights import Dense, Quantized, Stored
 
 METADATA = {"format": "pt"}
@@ -44,9 +44,12 @@ class SafetensorsExporter:
 
         Raises:
             UsageError: unknown scheme or option.
-            Unsupported: a scheme that is not made yet.
         """
         return layouts_of(checkpoint, target)
+
+    def activations_for(self, target: Target) -> str | None:
+        """What w8a8 and fp8 round at run time; None elsewhere."""
+        return activations_of(target)
 
     def plan(self, checkpoint: Checkpoint, target: Target) -> TargetPlan:
         """Storage and bytes of every tensor and of all weight files, exact, without reading a weight.
@@ -56,18 +59,16 @@ class SafetensorsExporter:
             UsageError: the checkpoint is not what the target's scheme asks for.
         """
         _check_scheme(checkpoint, layouts_of(checkpoint, target))
-        planned = []
-        every = items(checkpoint)
-        check_readable(_affine(checkpoint), checkpoint.infos())
-        for item in every:
-            answer = storage(item.weight)
-            assert isinstance(answer, Exact)
-            stored_as = f"{module(item.name)}.weight_packed" if isinstance(item.weight, Quantized) else item.name
-            word, reason = _layout_word(item.weight)
-            shape = tuple(item.weight.shape)
-            planned.append(TensorPlan(item.name, stored_as, shape, word, answer.storage, answer.nbytes, reason))
+        every = items(checkpoint, method_of(target))
+        layouts, infos = _layouts(checkpoint), checkpoint.infos()
+        notes = []
+        if method_of(target) == COMPRESSED:
+            check_readable(layouts, infos, checkpoint.activations)
+            notes = reader_notes(layouts, infos, checkpoint.architecture)
+        elif layouts:
+            _quantization(checkpoint, target)
+        planned = [_planned(item) for item in every]
         shards = cut([item.specs for item in every], shard_size(target))
-        notes = reader_notes(_affine(checkpoint), checkpoint.infos(), checkpoint.architecture)
         if len(shards) > 1:
             notes.append(f"{len(shards)} shards")
         return TargetPlan(target, tuple(planned), sum(s.file_bytes(METADATA) for s in shards), tuple(notes))
@@ -81,7 +82,7 @@ class SafetensorsExporter:
             Malformed: a weight holds NaN or infinity.
             Unsupported: as `plan`.
         """
-        every = items(checkpoint)
+        every = items(checkpoint, method_of(plan.target))
         shards = cut([item.specs for item in every], shard_size(plan.target))
         total = sum(len(item.specs) for item in every)
         digests: dict[str, str] = {}
@@ -94,7 +95,7 @@ class SafetensorsExporter:
                     progress("write safetensors", done, total)
             digests[shard.name] = writer.sha256
         main = _write_index(shards, directory)
-        _write_companions(checkpoint, directory)
+        _write_companions(checkpoint, plan.target, directory)
         return Exported(tuple(sorted_files(directory)), main, details={"sha256": digests, "notes": list(plan.notes)})
 
 
@@ -110,6 +111,16 @@ def _check_scheme(checkpoint: Checkpoint, wanted: Mapping[str, Layout | str]) ->
             )
 
 
+def _planned(item: Item) -> TensorPlan:
+    word, reason = _layout_word(item.weight)
+    nbytes = sum(spec.nbytes for spec in item.specs.values())
+    if item.packing is None or not isinstance(item.weight, Quantized):
+        stored_as, storage = item.name, dtype(item.weight.dtype).safetensors
+    else:
+        stored_as, storage = f"{module(item.name)}.{item.packing.main}", item.packing.storage
+    return TensorPlan(item.name, stored_as, tuple(item.weight.shape), word, storage, nbytes, reason)
+
+
 def _layout_word(weight: Stored) -> tuple[str, str]:
     if isinstance(weight, Dense):
         return weight.dtype, "as the passes left it"
@@ -118,12 +129,8 @@ def _layout_word(weight: Stored) -> tuple[str, str]:
     return type(weight).__name__.lower(), ""
 
 
-def _affine(checkpoint: Checkpoint) -> dict[str, Affine]:
-    return {
-        name: weight.layout
-        for name, weight in checkpoint.weights.items()
-        if isinstance(weight, Quantized) and isinstance(weight.layout, Affine)
-    }
+def _layouts(checkpoint: Checkpoint) -> dict[str, Layout]:
+    return {name: weight.layout for name, weight in checkpoint.weights.items() if isinstance(weight, Quantized)}
 
 
 def _write_index(shards: list[Shard], directory: Path) -> str:
@@ -134,28 +141,39 @@ def _write_index(shards: list[Shard], directory: Path) -> str:
     return INDEX
 
 
-def _write_companions(checkpoint: Checkpoint, directory: Path) -> None:
+def _write_companions(checkpoint: Checkpoint, target: Target, directory: Path) -> None:
     """config.json, and the tokenizer's and other small files as they are."""
-    files = {**checkpoint.files, "config.json": config_bytes(_config(checkpoint))}
+    files = {**checkpoint.files, "config.json": config_bytes(_config(checkpoint, target))}
     for name, data in files.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
 
 
-def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
     """config.json with the commonest float type of the stored tensors, and the quantization section if there is one."""
     elements: Counter[str] = Counter()
     for weight in checkpoint.weights.values():
         if isinstance(weight, Dense) and dtype(weight.dtype).is_float:
             elements[weight.dtype] += math.prod(weight.shape)
     commonest = max(sorted(elements), key=lambda word: elements[word], default="f32")
-    layouts, infos = _affine(checkpoint), checkpoint.infos()
+    section = _quantization(checkpoint, target) if _layouts(checkpoint) else None
+    element_type = _TORCH_NAMES.get(commonest, "float32")
+    return portable_config(checkpoint.config, dtype=element_type, torch_dtype=None, quantization_config=section)
+
+
+def _quantization(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
+    """The quantization section for config.json.
+
+    Raises:
+        Unsupported: the method has one layout a file, and there are several.
+    """
+    layouts, infos = _layouts(checkpoint), checkpoint.infos()
     ignored = [
         module(name)
         for name, info in infos.items()
         if name in checkpoint.weights and name not in layouts and info.rule.kind in _LINEAR_MODULES
     ]
-    section = quantization_config(layouts, infos, ignored) if layouts else None
-    element_type = _TORCH_NAMES.get(commonest, "float32")
-    return portable_config(checkpoint.config, dtype=element_type, torch_dtype=None, quantization_config=section)
+    if method_of(target) != COMPRESSED:
+        return method_config(method_of(target), layouts, ignored)
+    return quantization_config(layouts, infos, ignored, checkpoint.activations)

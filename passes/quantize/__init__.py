@@ -7,6 +7,8 @@
    names them: then they become tensors of their own.
 4. A weight that lies on a grid already stays there if it is the same grid, and is refused otherwise.
 5. A layout that cannot say 0.0 is refused for tensors that a pass has pruned.
+6. `activations` says how the inputs of the same matrices are rounded at run time, embeddings left aside; `kv_cache`
+   the same of keys and values. Static scales are calibrated on the solved weights (`passes/activation_ranges.py`).
 
 Adding a solver: a module with a `Solver` called `SOLVER`, and its line in `_SOLVERS`.
 """
@@ -20,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from tightship.activations import scheme_of
 from tightship.checkpoint import Checkpoint
 from tightship.dtypes import BY_NAME
 from tightship.durable import sha256_file
@@ -27,6 +30,7 @@ from tightship.errors import Unsupported, UsageError
 from tightship.formats.layouts import parse_layout
 from tightship.layout import Layout
 from tightship.passes.base import Needs, Pass, Run
+from tightship.passes.quantize import activations as _activations
 from tightship.passes.quantize.cast import cast
 from tightship.suggest import did_you_mean
 from tightship.weights import Alias, Dense, Factored, Quantized, Stored, Sum, Weight
@@ -101,8 +105,9 @@ class Quantize(Pass):
 
     For gptq alone: `actorder` (static activation order; by default the better of both), `damp` (share of the mean
     diagonal), `sweeps` (of coordinate descent afterwards) and `propagate` (0 to 1: how far each matrix makes good for
-    the errors of the blocks before it). For importance alone: `imatrix`, a file of llama.cpp's
-    importance matrix; no calibration is needed then.
+    the errors of the blocks before it). For importance alone: `imatrix`, a file of llama.cpp's importance matrix; no
+    calibration is needed then. `activations` is a word of `tightship.activations`, static ranges come from
+    `activation_range` (`percentile` of the values, in percent).
     """
 
     name: ClassVar[str] = "quantize"
@@ -119,6 +124,10 @@ class Quantize(Pass):
     sweeps: int | None = None
     propagate: float | None = None
     imatrix: str | None = None
+    activations: str | None = None
+    activation_range: Literal["minmax", "percentile", "entropy"] = "minmax"
+    percentile: float = 99.99
+    kv_cache: Literal["fp8"] | None = None
 
     def __post_init__(self) -> None:
         if self.layout is None and not self.layouts:
@@ -138,7 +147,16 @@ class Quantize(Pass):
             raise UsageError(f"quantize: imatrix is for the solver importance, found {self.solver}")
         if self.imatrix is not None and not Path(self.imatrix).is_file():
             raise UsageError(f"quantize: there is no importance matrix {self.imatrix}")
+        if not 50 <= self.percentile <= 100:
+            raise UsageError(f"quantize: percentile is a number from 50 to 100, found {self.percentile}")
+        if self.activations is not None:
+            scheme_of(self.activations)
         self.method.check(self)
+
+    @property
+    def measures_activations(self) -> bool:
+        """Whether static scales must be calibrated."""
+        return self.kv_cache is not None or (self.activations is not None and scheme_of(self.activations).static)
 
     @property
     def method(self) -> Solver:
@@ -158,11 +176,11 @@ class Quantize(Pass):
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]
-        return self.method.needs
+        return "calibration" if self.measures_activations else self.method.needs
 
     @property
     def per_tensor(self) -> bool:  # type: ignore[override]
-        return self.method.per_tensor
+        return self.method.per_tensor and not self.measures_activations
 
     def to_json(self) -> dict[str, Any]:
         data = super().to_json()
@@ -195,12 +213,14 @@ class Quantize(Pass):
     def outline(self, checkpoint: Checkpoint) -> Checkpoint:
         matrices, others = self._jobs(checkpoint)
         solved = {name: Quantized(m.layout, m.shape, not_yet) for name, m in matrices.items()}
-        return checkpoint.with_weights(_assembled(solved) | others)
+        after = checkpoint.with_weights(_assembled(solved) | others)
+        return after.replace(activations={**after.activations, **_activations.outline(self, checkpoint)})
 
     def apply(self, checkpoint: Checkpoint, run: Run) -> Checkpoint:
         matrices, others = self._jobs(checkpoint)
         solved = self.method.solve(self, checkpoint, matrices, run) if matrices else {}
-        return checkpoint.with_weights(_assembled(solved) | others)
+        after = checkpoint.with_weights(_assembled(solved) | others)
+        return after.replace(activations={**after.activations, **_activations.found(self, after, run)})
 
     def wanted(self, checkpoint: Checkpoint) -> dict[str, Layout | str]:
         """Layout or element type of each tensor that changes, by on-disk name.

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from tightship.activations import Activations
 from tightship.architecture import Architecture, TensorInfo
 from tightship.digests import digest_files
 from tightship.errors import Malformed
@@ -45,15 +46,6 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Activations:
-    """How a linear's inputs are quantized at run time; None where they stay float."""
-
-    scheme: str
-    scale: float | None = None
-    zero_point: int | None = None
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """A model at rest.
 
@@ -64,7 +56,7 @@ class Checkpoint:
         files: tokenizer and other small files, relative name -> bytes.
         architecture: the family's data.
         source: identity and digests of what was opened.
-        activations: module prefix -> Activations.
+        activations: module -> Activations of its inputs; `MODULE.k_scale` and `.v_scale` of an attention's cache.
         adapters: name -> bytes of LoRA residual files.
         history: one JSON object per pass applied so far.
     """

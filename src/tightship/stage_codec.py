@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from tightship.activations import Activations
 from tightship.architecture import architecture_for
-from tightship.checkpoint import Activations, Checkpoint
+from tightship.checkpoint import Checkpoint
 from tightship.dtypes import of_array
 from tightship.durable import sha256_file
 from tightship.layout import Layout

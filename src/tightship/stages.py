@@ -117,6 +117,9 @@ def scheme_stage(checkpoint: Checkpoint, target: Target, exporter: Any, recipe: 
             raise UsageError(f"target {target.id} quantizes nothing, so {', '.join(options)} would have no effect")
         return None
     options = _with_solver(options, recipe) if is_quantizing(target) else {"solver": "rtn", **options}
+    rounded = exporter.activations_for(target)
+    if rounded is not None:
+        options = {"activations": rounded, **options}
     work = pass_for("quantize", {**options, "layouts": dict(layouts)}, f"target {target.id}", recipe.path)
     return Stage(Step("quantize", f"scheme {target.id}"), work)
 

@@ -122,6 +122,9 @@ class Exporter(Protocol):
             Unsupported: unknown scheme, or one this family cannot have.
         """
 
+    def activations_for(self, target: Target) -> str | None:
+        """The word (`tightship.activations`) for activations that a scheme rounds at run time; None if it does not."""
+
     def plan(self, checkpoint: Checkpoint, target: Target) -> TargetPlan:
         """What would be written. Reads no tensor data.
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tightship.checkpoint import Activations, Checkpoint
+from tightship.activations import Activations
+from tightship.checkpoint import Checkpoint
 from tightship.formats.layouts import parse_layout
 from tightship.spool import Spool
 from tightship.store import Store, stage_key

@@ -316,7 +316,8 @@ def test_a_checkpoint_that_does_not_fit_the_scheme_is_exit_2() -> None:
     ("target", "error", "message"),
     [
         (Target("safetensors", "w9a16"), UsageError, "did you mean"),
-        (Target("safetensors", "nvfp4"), Unsupported, "not made yet"),
+        (Target("safetensors", "fp8", {"granularity": "word"}), UsageError, "known: tensor, channel, block"),
+        (Target("safetensors", None, {"format": "exl2"}), UsageError, "known: compressed-tensors, gptq"),
         (Target("safetensors", "w4a16", {"groups": 32}), UsageError, "did you mean 'group'"),
         (Target("safetensors", "w4a16", {"group": 0}), UsageError, "number of columns"),
         (Target("safetensors", "w4a16", {"include": ["embeddings"]}), UsageError, "include knows"),

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tightship.checkpoint import Activations, Checkpoint
+from tightship.activations import Activations
+from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported, UsageError
 from tightship.passes import pass_for
 from tightship.passes.base import Run

@@ -32,6 +32,9 @@ AUTO_CLASSES = {
 }
 # quant_method -> the package that transformers needs to load it.
 PACKAGES = {"compressed-tensors": "compressed_tensors", "gptq": "gptqmodel", "awq": "gptqmodel", "torchao": "torchao"}
+# Static scales of activations and caches: of no use where transformers decodes the weights on loading. Loaded as
+# shipped, they must find their place.
+_DROPPED = (".input_scale", ".input_zero_point", ".input_global_scale", ".k_scale", ".v_scale")
 OUTPUTS = ("logits", "last_hidden_state", "start_logits", "end_logits")
 
 
@@ -84,7 +87,7 @@ def load(directory: Path, config: dict[str, Any], mode: str) -> PreTrainedModel:
         output_loading_info=True,
         **options,
     )
-    check_loading(info)
+    check_loading(info, dropped=_DROPPED if "quantization_config" in options else ())
     return widened_in_use(model.eval()) if mode == "mapped" and narrow else model.eval()
 
 
@@ -127,8 +130,8 @@ def auto_class(config: dict[str, Any]) -> str:
     return next((auto for suffix, auto in AUTO_CLASSES.items() if name.endswith(suffix)), "AutoModel")
 
 
-def check_loading(info: dict[str, Any]) -> None:
-    """Demand that transformers found every tensor and used every tensor.
+def check_loading(info: dict[str, Any], *, dropped: tuple[str, ...] = ()) -> None:
+    """Demand that transformers found every tensor and used every tensor but those whose names end in `dropped`.
 
     transformers gives a missing tensor random values and goes on; that must not pass.
 
@@ -141,6 +144,8 @@ def check_loading(info: dict[str, Any]) -> None:
         ("mismatched_keys", "of wrong shape"),
     ):
         names = sorted(str(entry) for entry in info.get(key) or ())
+        if key == "unexpected_keys":
+            names = [name for name in names if not name.endswith(dropped)]
         if names:
             raise Malformed(f"{len(names)} tensors are {what} for transformers, first {names[0]}", tensor=names[0])
     if info.get("error_msgs"):
