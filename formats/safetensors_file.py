@@ -98,15 +98,32 @@ def read_header(path: Path) -> Header:
             )
         file.seek(8)
         raw = file.read(length)
-    if raw[:1] != b"{":
-        raise Malformed(f"{path.name}: a safetensors header begins with '{{', found {raw[:1]!r}")
-    table = strict_json(raw, f"header of {path.name}")
-    metadata = _metadata(table.pop("__metadata__", {}), path.name)
-    if len(table) > MAX_TENSORS:
-        raise Malformed(f"{path.name} names {len(table)} tensors; the limit is {MAX_TENSORS}")
+    table, metadata = _table(raw, path.name)
     entries = {name: _entry(name, value, 8 + length) for name, value in table.items()}
     _check_cover(entries.values(), 8 + length, size, path.name)
     return Header(path, entries, metadata)
+
+
+def header_entries(raw: bytes, file: str) -> dict[str, Entry]:
+    """The tensors that a header announces, each fitting its shape; whether a file holds them is not looked at.
+
+    Raises:
+        Malformed, Unsupported: as `read_header`.
+    """
+    entries = {name: _entry(name, value, 8 + len(raw)) for name, value in _table(raw, file)[0].items()}
+    end = max((entry.end for entry in entries.values()), default=8 + len(raw))
+    _check_cover(entries.values(), 8 + len(raw), end, file)
+    return entries
+
+
+def _table(raw: bytes, file: str) -> tuple[dict[str, Any], dict[str, str]]:
+    if raw[:1] != b"{":
+        raise Malformed(f"{file}: a safetensors header begins with '{{', found {raw[:1]!r}")
+    table = strict_json(raw, f"header of {file}")
+    metadata = _metadata(table.pop("__metadata__", {}), file)
+    if len(table) > MAX_TENSORS:
+        raise Malformed(f"{file} names {len(table)} tensors; the limit is {MAX_TENSORS}")
+    return table, metadata
 
 
 def _metadata(value: Any, file: str) -> dict[str, str]:

@@ -105,3 +105,16 @@ def test_doctor_reports_each_container() -> None:
     result = json.loads(done.stdout)["result"]
     assert set(result["targets"]) == {"gguf", "onnx", "safetensors"}
     assert done.returncode == (0 if result["healthy"] else 4)
+
+
+def test_shrunk_and_expanded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tightship.cli import main
+
+    source = EMBER / "model.safetensors"
+    assert main(["shrink", str(source), "-o", str(tmp_path / "s.safetensors"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)["result"]
+    assert result["source_bytes"] == source.stat().st_size
+    assert main(["expand", str(tmp_path / "s.safetensors"), "-o", str(tmp_path / "m.safetensors")]) == 0
+    assert (tmp_path / "m.safetensors").read_bytes() == source.read_bytes()
+    assert main(["expand", str(source), "-o", str(tmp_path / "n.safetensors")]) == 5
+    assert "shrink" in capsys.readouterr().err

@@ -1,0 +1,69 @@
+"""`tightship shrink` and `tightship expand`: sparse safetensors for shipping."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tightship.cli_options import shared_options
+from tightship.console import emit, envelope, progress_display, size
+from tightship.progress import Progress
+
+if TYPE_CHECKING:
+    from tightship.formats.transport import Shipped
+
+
+@click.command(
+    short_help="A pruned safetensors file in sparse form, for shipping.",
+    help="""
+\b
+Examples:
+  tightship shrink out/safetensors/model.safetensors -o model.sparse.safetensors
+
+Write a safetensors file in sparse form. It is smaller to store and to ship; runtimes want it expanded.
+""",
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File to write.")
+@click.option("--form", default="auto", show_default=True, help="auto, bitmask, 2:4, csr, coo or dense.")
+@shared_options
+def shrink(file: Path, output: Path, form: str, as_json: bool, quiet: bool, **_: object) -> int:
+    """`tightship shrink`."""
+    from tightship.formats.transport import shrink as write
+
+    return _shipped(lambda progress: write(file, output, form, progress), as_json=as_json, quiet=quiet)
+
+
+@click.command(
+    short_help="The file that a sparse form was made of, byte for byte.",
+    help="""
+\b
+Examples:
+  tightship expand model.sparse.safetensors -o model.safetensors
+
+Write the dense file that a sparse form was made of, and check its digest.
+""",
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File to write.")
+@shared_options
+def expand(file: Path, output: Path, as_json: bool, quiet: bool, **_: object) -> int:
+    """`tightship expand`."""
+    from tightship.formats.transport import expand as write
+
+    return _shipped(lambda progress: write(file, output, progress), as_json=as_json, quiet=quiet)
+
+
+def _shipped(write: Callable[[Progress], Shipped], *, as_json: bool, quiet: bool) -> int:
+    with progress_display(quiet=quiet or as_json) as progress:
+        result = write(progress)
+    if as_json:
+        emit(envelope(0, result=dataclasses.asdict(result)))
+    elif not quiet:
+        forms = ", ".join(f"{count} {form}" for form, count in result.forms.items())
+        emit(f"{size(result.source_bytes)} to {size(result.bytes)}; tensors: {forms}")
+    return 0
