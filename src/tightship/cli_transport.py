@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
 from tightship.cli_options import shared_options
 from tightship.console import emit, envelope, progress_display, size
 from tightship.progress import Progress
-
-if TYPE_CHECKING:
-    from tightship.formats.transport import Shipped
 
 
 @click.command(
@@ -58,7 +55,7 @@ def expand(file: Path, output: Path, as_json: bool, quiet: bool, **_: object) ->
     return _shipped(lambda progress: write(file, output, progress), as_json=as_json, quiet=quiet)
 
 
-def _shipped(write: Callable[[Progress], Shipped], *, as_json: bool, quiet: bool) -> int:
+def _shipped(write: Callable[[Progress], Any], *, as_json: bool, quiet: bool) -> int:
     with progress_display(quiet=quiet or as_json) as progress:
         result = write(progress)
     if as_json:
