@@ -1,4 +1,4 @@
-"""The library: `build`, `plan`, `verify` and `bench` with the names and defaults of the command line."""
+"""The library: `build`, `plan`, `verify`, `bench`, `shrink` and `expand` with the names and defaults of the command line."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tightship.settings import Settings, integer, text_setting
 from tightship.target import Progress, no_progress
 
 if TYPE_CHECKING:
+    from tightship.formats.transport import Shipped
     from tightship.pipeline import Built
     from tightship.planning import Plan
     from tightship.validators.bench import Bench
@@ -140,6 +141,28 @@ def bench(
 
     used = threads or integer("THREADS") or 1
     return bench(Path(path), Plan(prompt=prompt, decode=decode, rounds=rounds, threads=used), progress)
+
+
+def shrink(file: str | Path, output: str | Path, *, form: str = "auto", progress: Progress = no_progress) -> Shipped:
+    """Write a safetensors file in sparse form, for shipping; `form` is one of `formats/sparse_forms.py`, or `auto`.
+
+    Raises:
+        Malformed, UsageError: see `formats/transport.py`.
+    """
+    from tightship.formats import transport
+
+    return transport.shrink(Path(file), Path(output), form, progress)
+
+
+def expand(file: str | Path, output: str | Path, *, progress: Progress = no_progress) -> Shipped:
+    """Write the file that a sparse form was made of, byte for byte.
+
+    Raises:
+        Malformed, UsageError: see `formats/transport.py`.
+    """
+    from tightship.formats import transport
+
+    return transport.expand(Path(file), Path(output), progress)
 
 
 def _recipe(recipe: str | Path | Recipe | None, flags: dict[str, Any]) -> Recipe:

@@ -30,9 +30,11 @@ Write a safetensors file in sparse form. It is smaller to store and to ship; run
 @shared_options
 def shrink(file: Path, output: Path, form: str, as_json: bool, quiet: bool, **_: object) -> int:
     """`tightship shrink`."""
-    from tightship.formats.transport import shrink as write
+    from tightship import api
 
-    return _shipped(lambda progress: write(file, output, form, progress), as_json=as_json, quiet=quiet)
+    return _shipped(
+        lambda progress: api.shrink(file, output, form=form, progress=progress), as_json=as_json, quiet=quiet
+    )
 
 
 @click.command(
@@ -50,9 +52,9 @@ Write the dense file that a sparse form was made of, and check its digest.
 @shared_options
 def expand(file: Path, output: Path, as_json: bool, quiet: bool, **_: object) -> int:
     """`tightship expand`."""
-    from tightship.formats.transport import expand as write
+    from tightship import api
 
-    return _shipped(lambda progress: write(file, output, progress), as_json=as_json, quiet=quiet)
+    return _shipped(lambda progress: api.expand(file, output, progress=progress), as_json=as_json, quiet=quiet)
 
 
 def _shipped(write: Callable[[Progress], Any], *, as_json: bool, quiet: bool) -> int:
