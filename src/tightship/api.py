@@ -1,4 +1,4 @@
-"""The library: `build`, `plan`, `verify`, `bench`, `shrink` and `expand` with the names and defaults of the command line."""
+"""The library: the commands of the command line, with its names and defaults."""
 
 from __future__ import annotations
 

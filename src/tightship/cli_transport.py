@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import click
 
 from tightship.cli_options import shared_options
 from tightship.console import emit, envelope, progress_display, size
-from tightship.progress import Progress
 
 
 @click.command(
@@ -54,12 +54,12 @@ def expand(file: Path, output: Path, as_json: bool, quiet: bool, **_: object) ->
     """`tightship expand`."""
     from tightship import api
 
-    return _shipped(lambda progress: api.expand(file, output, progress=progress), as_json=as_json, quiet=quiet)
+    return _shipped(functools.partial(api.expand, file, output), as_json=as_json, quiet=quiet)
 
 
-def _shipped(write: Callable[[Progress], Any], *, as_json: bool, quiet: bool) -> int:
+def _shipped(write: Callable[..., Any], *, as_json: bool, quiet: bool) -> int:
     with progress_display(quiet=quiet or as_json) as progress:
-        result = write(progress)
+        result = write(progress=progress)
     if as_json:
         emit(envelope(0, result=dataclasses.asdict(result)))
     elif not quiet:
