@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 
 from tightship.checkpoint import Checkpoint
-from tightship.durable import flush_file
 from tightship.errors import Malformed, UsageError
 from tightship.modelview import ModelView
 from tightship.passes.base import Run
 from tightship.passes.training import Training
-from tightship.stage_codec import read_arrays, write_arrays
+from tightship.stage_codec import read_arrays, write_whole
 from tightship.texts import codec_of, generated_windows, token_windows
 
 
@@ -133,10 +132,7 @@ def _written(writer: Checkpoint, run: Run, how: Training) -> Sequence[np.ndarray
         ids = np.stack(generated_windows(view, tokens=how.tokens, sequence=how.sequence, seed=run.seed))
         if path is None:
             return tuple(ids)
-        partial = path.with_suffix(".partial")
-        write_arrays(partial, {"ids": ids})
-        flush_file(partial)
-        partial.replace(path)
+        write_whole(path, {"ids": ids})
     return tuple(read_arrays(path, ["ids"])["ids"])
 
 

@@ -4,7 +4,8 @@
    the method's metric) and `bytes` (for the factors of all linears together) says how much is kept.
 2. A matrix whose factors would be no smaller than itself stays as it is, and the report says so.
 3. Factors are stored in the source's element type, or in `dtype`.
-4. `merge` multiplies the factors again: the values of the low-rank model in a matrix of the old shape, for containers
+4. Ranks are whole multiples of `multiple`, so that layouts with groups fit the left factor.
+5. `merge` multiplies the factors again: the values of the low-rank model in a matrix of the old shape, for containers
    that hold no factors. It saves nothing, and says so.
 
 Methods and their sources are in `factorize.py`.
@@ -53,13 +54,15 @@ class LowRank(Pass):
     alpha: float = 0.5
     damp: float = 1e-4
     dtype: str | None = None
+    multiple: int = 1
     merge: bool = False
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.rank, self.keep, self.energy, self.bytes)) != 1:
             raise UsageError("low-rank: say exactly one of `rank`, `keep`, `energy` and `bytes`")
-        if self.rank is not None and self.rank < 1:
-            raise UsageError(f"low-rank: rank is at least 1, found {self.rank}")
+        for word in ("rank", "multiple"):
+            if getattr(self, word) is not None and getattr(self, word) < 1:
+                raise UsageError(f"low-rank: {word} is at least 1, found {getattr(self, word)}")
         for word in ("keep", "energy"):
             share = getattr(self, word)
             if share is not None and not 0 < share <= 1:
@@ -88,9 +91,9 @@ class LowRank(Pass):
         outlined: dict[str, Stored] = {}
         for name, weight in self._matrices(checkpoint).items():
             most = most_useful(*weight.shape)
-            rank = self._rank(weight)
-            if rank is None or rank <= most:
-                outlined[name] = self._shapes(weight, rank or most)
+            rank = self._whole(self._rank(weight) or most)
+            if rank <= most:
+                outlined[name] = self._shapes(weight, rank)
         return checkpoint.with_weights(outlined)
 
     def apply(self, checkpoint: Checkpoint, run: Run) -> Checkpoint:
@@ -153,7 +156,7 @@ class LowRank(Pass):
 
     def _cut(self, weight: Dense, found: Spectrum, rank: int | None) -> tuple[Stored, Figures]:
         out, width = weight.shape
-        wanted = rank or self._rank(weight) or found.rank_for(self.energy or 1.0)
+        wanted = self._whole(rank or self._rank(weight) or found.rank_for(self.energy or 1.0))
         if wanted > most_useful(out, width):
             return weight, {"rank": min(out, width), "kept_dense": 1, "parameters": out * width, "loss": 0.0}
         left, right = found.factors(wanted)
@@ -170,6 +173,11 @@ class LowRank(Pass):
             return self.rank
         out, width = weight.shape
         return max(int(self.keep * out * width / (out + width)), 1)
+
+    def _whole(self, rank: int) -> int:
+        """The next multiple: below, or above where an energy has to be kept; at least one."""
+        up = self.multiple - 1 if self.energy is not None else 0
+        return max((rank + up) // self.multiple, 1) * self.multiple
 
     def _shapes(self, weight: Dense, rank: int) -> Factored:
         word = self.dtype or weight.dtype

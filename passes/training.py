@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from tightship.durable import flush_file
 from tightship.errors import Malformed, UsageError
 from tightship.passes.base import Run
-from tightship.stage_codec import read_arrays, write_arrays
+from tightship.stage_codec import read_arrays, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -215,9 +214,4 @@ class _Snapshot:
             state = optimizer.state[tensor]
             parts = {"value": tensor, "mean": state["exp_avg"], "square": state["exp_avg_sq"]}
             arrays |= {f"{name}/{part}": value.detach().cpu().numpy() for part, value in parts.items()}
-        partial = self._path.with_suffix(".partial")
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_arrays(partial, arrays)
-        flush_file(partial)
-        partial.replace(self._path)
-        flush_file(self._path.parent)
+        write_whole(self._path, arrays)

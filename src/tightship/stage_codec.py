@@ -25,7 +25,7 @@ from tightship.activations import Activations
 from tightship.architecture import architecture_for
 from tightship.checkpoint import Checkpoint
 from tightship.dtypes import of_array
-from tightship.durable import sha256_file
+from tightship.durable import flush_file, sha256_file
 from tightship.layout import Layout
 from tightship.weights import Alias, Dense, Factored, Quantized, Stored, Sum, Weight
 
@@ -123,6 +123,17 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> str:
         for name in writer.order:
             writer.write(name, arrays[name])
     return writer.sha256
+
+
+def write_whole(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Arrays as a safetensors file that is there whole or, after a crash, as it was before."""
+    partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)  # what a kill left
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_arrays(partial, arrays)
+    flush_file(partial)
+    partial.replace(path)
+    flush_file(path.parent)
 
 
 def _load(folder: Path, entry: Mapping[str, Any], parent: Checkpoint) -> Weight:

@@ -4,7 +4,7 @@ An event is a progress call, or anything that makes bytes durable or visible: fs
 forked process. After a kill the output must be absent, the old artifact, or the new one; the next build must give the
 bytes of one that was never killed.
 
-Usage: kill_points.py SOURCE SCRATCH STEP, prints one JSON object.
+Usage: kill_points.py SOURCE SCRATCH STEP [RECIPE], prints one JSON object. RECIPE is a file of JSON.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def unproven(_: pipeline.Proofs, artifact: pipeline.Artifact) -> TargetReport:
     return TargetReport(artifact.plan.target.id, 0, artifact.plan.bits_per_weight, 0.0, None, [])
 
 
-def build(source: str, output: Path, work: Path, fatal: int) -> int:
+def build(recipe_json: dict[str, Any], source: str, output: Path, work: Path, fatal: int) -> int:
     """Fork a build; its number of events, or minus the signal that ended it."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -71,7 +71,7 @@ def build(source: str, output: Path, work: Path, fatal: int) -> int:
         counter.before(Path, "rename")
         counter.before(Path, "replace")
         try:
-            recipe = tightship.Recipe.from_json(RECIPE)
+            recipe = tightship.Recipe.from_json(recipe_json)
             tightship.build(source, output=output, recipe=recipe, work=work, threads=1, force=True, progress=counter)
             os.write(writing, str(counter.count).encode())
         except BaseException:  # a forked child must never run on in the parent's code
@@ -92,12 +92,12 @@ def content(output: Path) -> dict[str, str] | None:
     return {n: sha256_file(output / n) for n in sorted_files(output) if not n.startswith("report.")}
 
 
-def main(source: str, scratch: Path, step: int) -> dict[str, Any]:
+def main(source: str, scratch: Path, step: int, recipe: dict[str, Any]) -> dict[str, Any]:
     """Try every `step`-th event; what was found."""
     warm = scratch / "warm"  # compiles kernels here, so that no fork has to
     pipeline.Proofs.of = unproven
-    tightship.build(source, output=warm / "out", recipe=tightship.Recipe.from_json(RECIPE), work=warm / "work")
-    events = build(source, scratch / "reference" / "out", scratch / "reference" / "work", 0)
+    tightship.build(source, output=warm / "out", recipe=tightship.Recipe.from_json(recipe), work=warm / "work")
+    events = build(recipe, source, scratch / "reference" / "out", scratch / "reference" / "work", 0)
     good = content(scratch / "reference" / "out")
     found: dict[str, Any] = {"events": events, "files": len(good or {}), "killed": 0, "wrong": [], "states": {}}
     for fatal in range(step, events + 1, step):
@@ -105,7 +105,7 @@ def main(source: str, scratch: Path, step: int) -> dict[str, Any]:
         with_old = fatal % 2 == 0
         if with_old:
             shutil.copytree(scratch / "reference" / "out", place / "out")
-        if build(source, place / "out", place / "work", fatal) != -signal.SIGKILL:
+        if build(recipe, source, place / "out", place / "work", fatal) != -signal.SIGKILL:
             found["wrong"].append(f"event {fatal}: not killed")
             continue
         found["killed"] += 1
@@ -114,7 +114,7 @@ def main(source: str, scratch: Path, step: int) -> dict[str, Any]:
         found["states"][word] = found["states"].get(word, 0) + 1
         if word == "broken":
             found["wrong"].append(f"event {fatal}: a broken output")
-        if build(source, place / "out", place / "work", 0) < 0 or content(place / "out") != good:
+        if build(recipe, source, place / "out", place / "work", 0) < 0 or content(place / "out") != good:
             found["wrong"].append(f"event {fatal}: the next build made other bytes")
         if sorted(p.name for p in place.iterdir()) != ["out", "work"]:
             found["wrong"].append(f"event {fatal}: rubbish beside the output")
@@ -123,4 +123,5 @@ def main(source: str, scratch: Path, step: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))))
+    chosen = json.loads(Path(sys.argv[4]).read_text()) if len(sys.argv) > 4 else RECIPE
+    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), chosen)))

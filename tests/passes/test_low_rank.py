@@ -72,6 +72,19 @@ def test_a_share_of_each_matrix_is_kept(ember: Checkpoint) -> None:
         assert outline.weights[info.name].nbytes == result.weights[info.name].nbytes
 
 
+@pytest.mark.parametrize("options", [{"keep": 0.6}, {"energy": 0.3}, {"rank": 40}])
+def test_ranks_are_whole_multiples(ember: Checkpoint, options: dict[str, float]) -> None:
+    step = LowRank(multiple=32, **options)  # type: ignore[arg-type]
+    outline, result = step.outline(ember), step.apply(ember, run_with())
+    ranks = {w.rank for w in result.weights.values() if isinstance(w, Factored)}
+    assert ranks
+    assert all(rank % 32 == 0 for rank in ranks)
+    if "energy" not in options:
+        assert all(outline.weights[i.name].nbytes == result.weights[i.name].nbytes for i in ember.linears())
+    if "rank" in options:
+        assert ranks == {32}
+
+
 @pytest.mark.parametrize("method", ["svd", "svd-llm"])
 def test_byte_budget_is_kept(ember: Checkpoint, method: str) -> None:
     budget = sum(ember.weights[info.name].nbytes for info in ember.linears()) // 3
