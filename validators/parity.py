@@ -31,6 +31,7 @@ from tightship.validators.tolerances import tolerances
 
 Arrays = dict[str, np.ndarray]
 METRIC = "rel_l2"
+GLOBAL_SHARE = 0.2  # of tokens, where a family has global ones
 MODES = ("graph", "shipped")
 # Versions that a verdict depends on; part of its key.
 _PACKAGES = ("onnxruntime", "onnx-ir", "torch", "transformers", "mobius-onnx")
@@ -42,7 +43,8 @@ class Case:
 
     Attributes:
         name: for the report.
-        arrays: `input_ids` (b, s), `attention_mask` (b, s), `position_ids` (b, s), `token_type_ids` (b, s), int64.
+        arrays: `input_ids` (b, s), `attention_mask` (b, s), `position_ids` (b, s), `token_type_ids` (b, s),
+            `global_attention_mask` (b, s), int64.
         prefill: tokens before decoding one by one; 0 for a single pass.
     """
 
@@ -171,7 +173,9 @@ def references(small: Checkpoint) -> list[Reference]:
     found = []
     with view.computing():
         for case in cases_for(small, decoder=decoder):
-            inputs = {k: torch.from_numpy(v) for k, v in case.arrays.items() if k in accepted}
+            # An encoder counts positions itself, each family in its own way, and so must its graph.
+            given = {k: v for k, v in case.arrays.items() if k in accepted and (decoder or k != "position_ids")}
+            inputs = {k: torch.from_numpy(v) for k, v in given.items()}
             extra = {"use_cache": False} if decoder else {}
             out = module(**inputs, output_hidden_states="last_hidden_state" in wanted, return_dict=True, **extra)
             found.append((case, {name: _output(out, name) for name in wanted}))
@@ -198,6 +202,8 @@ def cases_for(small: Checkpoint, *, decoder: bool) -> list[Case]:
         arrays = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         if small.config.get("type_vocab_size"):
             arrays["token_type_ids"] = rng.integers(0, int(small.config["type_vocab_size"]), mask.shape)
+        if "attention_window" in small.config and small.architecture.task != "text-classification":
+            arrays["global_attention_mask"] = (rng.random(mask.shape) < GLOBAL_SHARE).astype(np.int64)
         return Case(name, arrays, prefill)
 
     found = [

@@ -34,8 +34,7 @@ def small_checkpoint(real: Checkpoint, seed: int = 0) -> Checkpoint:
     """A random model in memory with the flags of `real`, tied and optional tensors as there."""
     config = small_config(real)
     rng = np.random.default_rng(seed)
-    known = {info.rule.disk for name, info in real.infos().items() if name in real.weights}
-    infos = [i for i in real.architecture.lookup(config).values() if not i.rule.optional or i.rule.disk in known]
+    infos = [i for i in real.architecture.lookup(config).values() if not i.rule.optional or i.name in real.weights]
     owners = {name: w.owner for name, w in real.weights.items() if isinstance(w, Alias)}
     stored_ties = {b: o for b, o in real.architecture.ties if b not in real.weights or b in owners}
     weights: dict[str, Weight] = {}
@@ -113,6 +112,8 @@ def _shrink_bounds(config: dict[str, Any]) -> None:
     for key in ("sliding_window", "attention_window", "local_attention", "window_size"):
         if isinstance(config.get(key), int):
             config[key] = min(config[key], WINDOW)
+        elif isinstance(config.get(key), list):  # Longformer: one a layer, each even
+            config[key] = [min(size, WINDOW - 1) for size in config[key]]
     for key, cap in (("attn_logit_softcapping", ATTENTION_CAP), ("final_logit_softcapping", LOGIT_CAP)):
         if config.get(key):
             config[key] = cap

@@ -24,11 +24,17 @@ class Sight:
         mask: float, added to the scores.
         turn: (cos, sin, rotated width or 0), or None without rotation.
         cached: whether keys and values of the past come in.
+        chosen: (batch, sequence) bool, global tokens, or None.
+        everything: the mask of global tokens.
+        rows: (sequence, sequence) rows of a table of distances, or None.
     """
 
     mask: ir.Value
     turn: Turn | None = None
     cached: bool = False
+    chosen: ir.Value | None = None
+    everything: ir.Value | None = None
+    rows: ir.Value | None = None
 
 
 @dataclass(frozen=True)
@@ -52,12 +58,13 @@ def attention(net: Network, block: int, x: ir.Value, sight: Sight) -> ir.Value:
     k = _turned(net, clipped(net, _head_norm(net, key[0], block, "attn_k_norm", kv_heads)), sight, kv_heads)
     parts = Parts(q, k, clipped(net, value[0]), heads, kv_heads, score_scale(net, size))
     past = net.past(block, (kv_heads, size), (kv_heads, size)) if sight.cached else ()
-    seen = with_sinks if net.has(block, "attn_sinks") else _plain
+    seen = with_sinks if net.has(block, "attn_sinks") else plain
     y = seen(net, block, parts, sight.mask, past)
     return net.linear(net.shaped(y, (BATCH, SEQUENCE, heads * size)), block, "attn_output")
 
 
-def _plain(net: Network, block: int, parts: Parts, mask: ir.Value, past: Sequence[ir.Value]) -> ir.Value:
+def plain(net: Network, block: int, parts: Parts, mask: ir.Value, past: Sequence[ir.Value]) -> ir.Value:
+    """The Attention operator, soft cap and cache included."""
     attributes: dict[str, Any] = {"q_num_heads": parts.heads, "kv_num_heads": parts.kv_heads, "scale": parts.scale}
     if net.option("attn_logit_softcapping"):
         attributes["softcap"] = float(net.option("attn_logit_softcapping"))
@@ -130,7 +137,7 @@ def _unquartered(net: Network, fused: ir.Value, width: int) -> list[Projected]:
 
 def clipped(net: Network, x: ir.Value) -> ir.Value:
     """Queries, keys or values within the config's bound, if it has one."""
-    bound = net.option("clip_qkv")
+    bound = net.hyper.get("clamp_kqv") or net.option("clip_qkv")
     return net.clipped(x, -float(bound), float(bound)) if bound else x
 
 

@@ -60,7 +60,7 @@ def _sights(net: Network, ids: ir.Value, mask: ir.Value, positions: ir.Value) ->
     types = list(types or ["sliding_attention" if window else "full_attention"] * layers)[:layers]
     kinds = list(dict.fromkeys(types))
     masks = {kind: causal_mask(net, ids, mask, window if kind in _LOCAL else None) for kind in kinds}
-    if answer(net, net.family.alibi):
+    if net.family.alibi:
         bias = alibi(net, mask, int(net.hyper["heads"]))
         masks = {kind: net.op("Add", value, bias) for kind, value in masks.items()}
         return [Sight(masks[kind], None, cached=True) for kind in types]

@@ -46,7 +46,9 @@ class Family:
         rotated: which layers rotate: `all`, `sliding` ones only, or a config key with one flag a layer.
         fused: order of queries, keys and values in one matrix: `parts`, `groups` of heads around each key head, or
             `quarters` of heads with values before keys (CodeGen).
-        alibi: scores lose distance times a slope a head, no rotation (BLOOM); a config key, or the answer.
+        alibi: scores lose distance times a slope a head, no rotation; places are `counted` over unmasked tokens (BLOOM)
+            or `indexed` (MPT).
+        counted_positions: of an encoder, over tokens that are no padding (RoBERTa).
         attention_scale: config key of the factor on scores; `none` for 1. Else query_pre_attn_scalar or the head size
             to the power -1/2.
         residual_scale: config key of the factor on what a block adds.
@@ -72,7 +74,8 @@ class Family:
     interleaved: bool = False
     rotated: str = "all"
     fused: str = "parts"
-    alibi: str | bool = False
+    alibi: str | None = None
+    counted_positions: bool = False
     attention_scale: str | None = None
     residual_scale: str | None = None
     logit_scale: tuple[str, bool] | None = None
@@ -82,6 +85,7 @@ class Family:
     must: tuple[tuple[str, Any], ...] = ()
 
 
+_ENCODER = Family(encoder=True, norm="layer")
 _SCALED = (("scale_embedding", True),)
 _COHERE = Family(norm="layer", parallel=True, interleaved=True, logit_scale=("logit_scale", False))
 _GEMMA = Family(norm="plus_one", embed_scale="sqrt")
@@ -129,13 +133,25 @@ FAMILIES = {
     "gpt2": Family(must=(("scale_attn_by_inverse_layer_idx", False), ("scale_attn_weights", True))),
     "gpt_neox": Family(parallel="use_parallel_residual", fused="groups"),
     "bloom": Family(
-        alibi=True,
+        alibi="counted",
         fused="groups",
         activation="gelu_new",
         must=(("apply_residual_connection_post_layernorm", False),),
     ),
     "opt": Family(position_offset=2, post_norm="do_layer_norm_before"),
     "falcon": Family(parallel="parallel_attn", fused="groups", must=(("alibi", False),)),
-    "bert": Family(encoder=True),
-    "distilbert": Family(encoder=True, norm_eps=1e-12, pooled="Relu"),
+    "mpt": Family(alibi="indexed", norm="layer", must=(("no_bias", True),)),
+    "olmo": Family(norm="layer", bare_norms=True),
+    "smollm3": Family(rotated="no_rope_layers"),
+    "glm4": Family(interleaved=True),
+    "bert": _ENCODER,
+    "distilbert": replace(_ENCODER, norm_eps=1e-12, pooled="Relu"),
+    "roberta": replace(_ENCODER, counted_positions=True),
+    "electra": replace(_ENCODER, pooled="Gelu"),
+    "albert": _ENCODER,
+    "mpnet": replace(_ENCODER, counted_positions=True),
+    "longformer": replace(_ENCODER, counted_positions=True),
+    "deberta_v2": replace(_ENCODER, pooled="Gelu"),
+    "nomic_bert": _ENCODER,
+    "modernbert": _ENCODER,
 }

@@ -101,13 +101,54 @@ def hidden_where_not(net: Network, seen: ir.Value) -> ir.Value:
     return net.op("Where", seen, net.number(0.0), net.number(LOWEST))
 
 
+def near(net: Network, ids: ir.Value, reach: int) -> ir.Value:
+    """(sequence, sequence) bool: keys at most `reach` away on either side."""
+    places = net.range(net.integer(0), net.length(ids))
+    apart = net.op("Sub", net.op("Unsqueeze", places, net.integers(1)), net.op("Unsqueeze", places, net.integers(0)))
+    return net.op("LessOrEqual", net.op("Abs", apart), net.integer(reach))
+
+
+def by_distance(net: Network, ids: ir.Value, name: str, rows: np.ndarray) -> ir.Value:
+    """(sequence, sequence) int64: `rows` (2 n + 1,) of key minus query from -n to n; farther ones count as n away."""
+    reach = len(rows) // 2
+    places = net.range(net.integer(0), net.length(ids))
+    apart = net.op("Sub", net.op("Unsqueeze", places, net.integers(0)), net.op("Unsqueeze", places, net.integers(1)))
+    held = net.op("Clip", apart, net.integer(-reach), net.integer(reach))
+    return net.op("Gather", net.constant(name, np.ascontiguousarray(rows)), net.op("Add", held, net.integer(reach)))
+
+
+def bucket_bias(net: Network, ids: ir.Value) -> ir.Value:
+    """(1, heads, sequence, sequence): a learned number for each bucket of distances and head (T5, section 2.1)."""
+    buckets, farthest = net.rows(None, "rel_bias"), 128
+    rows = t5_buckets(np.arange(-farthest, farthest + 1), buckets, farthest)
+    found = net.lookup("rel_bias", by_distance(net, ids, "rel_bias.rows", rows))
+    return net.op("Unsqueeze", net.op("Transpose", found, perm=[2, 0, 1]), net.integers(0))
+
+
+def t5_buckets(distances: np.ndarray, buckets: int, farthest: int) -> np.ndarray:
+    """Bucket of key minus query, int64: half of them for keys ahead; exact when near, logarithmic up to `farthest`.
+
+    In float32, as transformers rounds them.
+    """
+    half = buckets // 2
+    exact = half // 2
+    size = np.abs(distances)
+    steps = np.log(np.maximum(size, 1).astype(np.float32) / exact) / math.log(farthest / exact) * (half - exact)
+    far = np.minimum(exact + steps.astype(np.int64), half - 1)
+    return np.where(distances > 0, half, 0) + np.where(size < exact, size, far)
+
+
 def alibi(net: Network, mask: ir.Value, heads: int) -> ir.Value:
-    """(batch, heads, 1, total): position of each key, counted over unmasked ones, times the head's slope.
+    """(batch, heads, 1, total): place of each key, counted over unmasked ones or over all, times the head's slope.
 
     ALiBi (arXiv 2108.12409), section 3; a query's own position adds the same to all of its scores.
     """
-    counted = net.op("Sub", net.op("CumSum", mask, net.integer(1)), net.integer(1))
-    places = net.op("Cast", net.op("Mul", counted, mask), to=FLOAT)
+    if net.family.alibi == "indexed":
+        row = net.op("Unsqueeze", net.range(net.integer(0), net.length(mask)), net.integers(0))
+        places = net.op("Cast", row, to=FLOAT)
+    else:
+        counted = net.op("Sub", net.op("CumSum", mask, net.integer(1)), net.integer(1))
+        places = net.op("Cast", net.op("Mul", counted, mask), to=FLOAT)
     table = net.constant("alibi.slopes", slopes(heads).reshape(1, heads, 1, 1))
     return net.op("Mul", net.op("Unsqueeze", places, net.integers(1, 2)), table)
 

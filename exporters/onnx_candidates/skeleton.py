@@ -6,6 +6,7 @@
 | attention_mask                   | int64 | (batch_size, total_sequence_length)                    |
 | position_ids                     | int64 | (batch_size, sequence_length)                          |
 | token_type_ids (encoders)        | int64 | (batch_size, sequence_length)                          |
+| global_attention_mask            | int64 | (batch_size, sequence_length), Longformer              |
 | past_key_values.{i}.key, .value  | float | (batch_size, kv_heads, past_sequence_length, head_dim) |
 
 | graph output                     | tasks                          | shape                                           |

@@ -133,11 +133,22 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ),
 ]
 ONNX = json.loads((Path(__file__).resolve().parents[1] / "data" / "onnx_models.json").read_text())
-CASES += [
-    (getattr(transformers, m["class"]).config_class.__name__, m["class"], {**ONNX["sizes"], **m["config"]})
-    for m in ONNX["models"]
-    if m["class"] not in {case[1] for case in CASES}
-]
+
+
+def further_cases() -> list[tuple[str, str, dict[str, Any]]]:
+    """Classes of the ONNX models, and the other heads of their families, that no case above names."""
+    named = {case[1] for case in CASES}
+    found = {}
+    for model in ONNX["models"]:
+        family = next(a.family for a in all_architectures() if model["class"] in a.classes)
+        options = {**ONNX["sizes"], **model["config"]}
+        for kind in (model["class"], *(a.classes[0] for a in all_architectures() if a.family == family)):
+            if kind not in named:
+                found.setdefault(kind, (getattr(transformers, kind).config_class.__name__, kind, options))
+    return list(found.values())
+
+
+CASES += further_cases()
 
 
 def model_of(config_class: str, model_class: str, options: dict[str, Any]) -> Any:

@@ -12,7 +12,8 @@ Job: `artifact` (directory), `main` (file name), `mode`, `threads`, `want`:
 | outputs | one pass over the whole sequence, the past empty                                                         |
 | decode  | a prefill of `prefill` tokens (default half), then one token at a time through the KV cache               |
 
-Arrays in: `input_ids` (b, s) int64, optional `attention_mask`, `position_ids`, `token_type_ids` of the same shape.
+Arrays in: `input_ids` (b, s) int64, optional `attention_mask`, `position_ids`, `token_type_ids` and
+`global_attention_mask` of the same shape.
 Position ids default to the count of unmasked tokens before each token. Arrays out: those of the graph's `logits`,
 `last_hidden_state`, `start_logits` and `end_logits` that there are, float32.
 """
@@ -40,6 +41,7 @@ _TYPES: dict[str, np.dtype] = {
     "tensor(int64)": np.dtype(np.int64),
     "tensor(int32)": np.dtype(np.int32),
 }
+_ZERO_UNLESS_GIVEN = ("token_type_ids", "global_attention_mask")
 _ROWS_AT_ONCE = 8
 
 
@@ -184,8 +186,9 @@ class Graph:
         ids = arrays["input_ids"].astype(np.int64)
         mask = arrays.get("attention_mask", np.ones_like(ids)).astype(np.int64)
         positions = arrays.get("position_ids", np.maximum(mask.cumsum(axis=1) - 1, 0)).astype(np.int64)
-        types = arrays.get("token_type_ids", np.zeros_like(ids)).astype(np.int64)
-        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "token_type_ids": types}
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        others = {name: arrays.get(name, np.zeros_like(ids)).astype(np.int64) for name in _ZERO_UNLESS_GIVEN}
+        return {**given, **others}
 
     def _step(self, given: Mapping[str, np.ndarray], past: Arrays) -> tuple[Arrays, Arrays]:
         feeds = {
