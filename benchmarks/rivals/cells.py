@@ -7,9 +7,10 @@ from typing import Any
 Cell = dict[str, Any]
 
 GGUF = ("q2_k", "q3_k_m", "iq4_xs", "q4_k_m", "q5_k_m")
-ONNX = ((32, True), (32, False), (128, True), (128, False))
+ONNX = ((32, True), (32, False), (128, False))
 SAFETENSORS = ((4, 32), (4, 128), (3, 128), (2, 32))
 PROPAGATED = ("q2_k", "q3_k_m", "int3-g128", "int2-g32")
+CONTROLLED = ("q3_k_m",)
 SUBSETS = ("first", "second", "third")
 
 
@@ -27,6 +28,9 @@ def gguf_cells() -> list[Cell]:
         }
         if scheme in PROPAGATED:
             makers["ours, propagated"] = {**ours, "with": {"solver": "gptq", "propagate": 0.5}}
+        if scheme in CONTROLLED:
+            makers["control: moments shuffled"] = {**makers["ours"], "shuffled": True}
+            makers["control: the other text"] = {**makers["ours"], "other": True}
         cells.append({"cell": f"gguf {scheme}", "container": "gguf", "makers": makers})
     return cells
 
@@ -54,7 +58,7 @@ def safetensors_cells() -> list[Cell]:
         theirs = {"bits": bits, "group": group, "symmetric": True}
         makers = {
             "llm-compressor": {"maker": "llm-compressor", **theirs},
-            "autoround": {"maker": "autoround", **theirs},
+            "autoround, light": {"maker": "autoround", **theirs},
             "ours": {"maker": "ours", "passes": _ours(layout)},
         }
         if layout in PROPAGATED:
@@ -63,23 +67,10 @@ def safetensors_cells() -> list[Cell]:
     return cells
 
 
-def controls() -> list[Cell]:
-    """A shuffled Hessian, the other text, and layouts that lose nothing."""
-    ours = {"maker": "ours", "passes": [], "scheme": "q3_k_m", "with": {"solver": "gptq"}}
-    lossless = {
-        container: {"maker": "ours", "container": container, "passes": [], "scheme": word, "data_free": True}
-        for container, word in (("gguf", "f32"), ("onnx", "fp32"), ("safetensors", "f32"))
+def lossless_cells() -> list[Cell]:
+    """Control: layouts that lose nothing."""
+    words = (("gguf", "f32"), ("onnx", "fp32"), ("safetensors", "f32"))
+    makers = {
+        c: {"maker": "ours", "container": c, "passes": [], "scheme": word, "data_free": True} for c, word in words
     }
-    return [
-        {
-            "cell": "control q3_k_m",
-            "container": "gguf",
-            "makers": {
-                "importance": {**ours, "with": {"solver": "importance"}},
-                "gptq": ours,
-                "gptq, moments shuffled": {**ours, "shuffled": True},
-                "gptq, the other text": {**ours, "other": True},
-            },
-        },
-        {"cell": "lossless", "container": "gguf", "makers": lossless},
-    ]
+    return [{"cell": "lossless", "container": "gguf", "makers": makers}]

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cells import SUBSETS, controls, gguf_cells, onnx_cells, safetensors_cells
+from cells import SUBSETS, gguf_cells, lossless_cells, onnx_cells, safetensors_cells
 from environments import PACKAGES, python_of
 from measure import artifact_bytes, kl_by_window, table
 
@@ -165,12 +165,13 @@ class Bench:
 
 def jobs(options: argparse.Namespace) -> list[tuple[str, dict[str, Any], str]]:
     """(subset, cell, maker) in the order of work: every cell of the first slice before the second."""
-    cells = [*gguf_cells(), *onnx_cells(), *safetensors_cells(), *controls()]
+    cells = [*gguf_cells(), *onnx_cells(), *safetensors_cells(), *lossless_cells()]
     found = []
     for subset in options.subsets:
         for cell in cells:
             for name, maker in cell["makers"].items():
-                repeated = subset != options.subsets[0] and (maker.get("data_free") or "control" in cell["cell"])
+                once = maker.get("data_free") or name.startswith(("control", "autoround"))
+                repeated = once and subset != SUBSETS[0]
                 wanted = not options.only or any(word in f"{cell['cell']}: {name}" for word in options.only)
                 if wanted and not repeated:
                     found.append((subset, cell, name))
