@@ -9,6 +9,7 @@
 5. A layout that cannot say 0.0 is refused for tensors that a pass has pruned.
 6. `activations` says how the inputs of the same matrices are rounded at run time, embeddings left aside; `kv_cache`
    the same of keys and values. Static scales are calibrated on the solved weights (`passes/activation_ranges.py`).
+7. With `bytes` the linears of the blocks share a budget: see `budget.py`. `same` is what `layout` and `layouts` take.
 
 Adding a solver: a module with a `Solver` called `SOLVER`, and its line in `_SOLVERS`.
 """
@@ -31,6 +32,7 @@ from tightship.formats.layouts import parse_layout
 from tightship.layout import Layout
 from tightship.passes.base import Needs, Pass, Run
 from tightship.passes.quantize import activations as _activations
+from tightship.passes.quantize.budget import spent, uniform
 from tightship.passes.quantize.cast import cast
 from tightship.suggest import did_you_mean
 from tightship.weights import Alias, Dense, Factored, Quantized, Stored, Sum, Weight
@@ -108,6 +110,8 @@ class Quantize(Pass):
     the errors of the blocks before it). For importance alone: `imatrix`, a file of llama.cpp's importance matrix; no
     calibration is needed then. `activations` is a word of `tightship.activations`, static ranges come from
     `activation_range` (`percentile` of the values, in percent).
+    With `bytes`: `container` says whose types and sizes count, `candidates` which types,
+    `sensitivity` how harm is measured.
     """
 
     name: ClassVar[str] = "quantize"
@@ -128,9 +132,13 @@ class Quantize(Pass):
     activation_range: Literal["minmax", "percentile", "entropy"] = "minmax"
     percentile: float = 99.99
     kv_cache: Literal["fp8"] | None = None
+    bytes: int | Literal["same"] | None = None
+    container: Literal["gguf", "onnx", "safetensors"] = "gguf"
+    candidates: tuple[str, ...] = ()
+    sensitivity: Literal["both", "fisher"] = "both"
 
     def __post_init__(self) -> None:
-        if self.layout is None and not self.layouts:
+        if self.layout is None and not self.layouts and not isinstance(self.bytes, int):
             raise UsageError("quantize: needs `layout`, such as int4")
         if self.layout is not None:
             layout_of(self.layout)
@@ -151,6 +159,10 @@ class Quantize(Pass):
             raise UsageError(f"quantize: percentile is a number from 50 to 100, found {self.percentile}")
         if self.activations is not None:
             scheme_of(self.activations)
+        if self.bytes is None and self.candidates:
+            raise UsageError("quantize: candidates share a budget; say `bytes`")
+        for word in self.candidates:
+            parse_layout(word)
         self.method.check(self)
 
     @property
@@ -176,11 +188,11 @@ class Quantize(Pass):
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]
-        return "calibration" if self.measures_activations else self.method.needs
+        return "calibration" if self.measures_activations or self.bytes is not None else self.method.needs
 
     @property
     def per_tensor(self) -> bool:  # type: ignore[override]
-        return self.method.per_tensor and not self.measures_activations
+        return self.method.per_tensor and not self.measures_activations and self.bytes is None
 
     def to_json(self) -> dict[str, Any]:
         data = super().to_json()
@@ -194,8 +206,12 @@ class Quantize(Pass):
         return {**data, "revision": f"{self.revision}.{self.method.revision}", "with": options}
 
     def requires(self, checkpoint: Checkpoint) -> None:
+        if self.bytes is not None:
+            for spec in uniform(self, checkpoint):
+                spec.requires(checkpoint)
+            return
         pruned = any("mask" in step.get("makes", ()) for step in checkpoint.history)
-        matrices = self._jobs(checkpoint)[0]
+        matrices = self.jobs(checkpoint)[0]
         linears = {info.name for info in checkpoint.linears()}
         for name, matrix in matrices.items():
             try:
@@ -211,13 +227,18 @@ class Quantize(Pass):
         self.method.check_all(self, checkpoint, matrices)
 
     def outline(self, checkpoint: Checkpoint) -> Checkpoint:
-        matrices, others = self._jobs(checkpoint)
+        """With a budget: the largest candidate that fits it everywhere, since the data decide."""
+        if self.bytes is not None:
+            return uniform(self, checkpoint)[-1].outline(checkpoint)
+        matrices, others = self.jobs(checkpoint)
         solved = {name: Quantized(m.layout, m.shape, not_yet) for name, m in matrices.items()}
         after = checkpoint.with_weights(_assembled(solved) | others)
         return after.replace(activations={**after.activations, **_activations.outline(self, checkpoint)})
 
     def apply(self, checkpoint: Checkpoint, run: Run) -> Checkpoint:
-        matrices, others = self._jobs(checkpoint)
+        if self.bytes is not None:
+            return spent(self, checkpoint, run).apply(checkpoint, run)
+        matrices, others = self.jobs(checkpoint)
         solved = self.method.solve(self, checkpoint, matrices, run) if matrices else {}
         after = checkpoint.with_weights(_assembled(solved) | others)
         return after.replace(activations={**after.activations, **_activations.found(self, after, run)})
@@ -247,7 +268,7 @@ class Quantize(Pass):
             found[name] = layout
         return found
 
-    def _jobs(self, checkpoint: Checkpoint) -> tuple[dict[str, Matrix], dict[str, Weight]]:
+    def jobs(self, checkpoint: Checkpoint) -> tuple[dict[str, Matrix], dict[str, Weight]]:
         """Matrices to solve (factors apart), and weights that are cast or stay as they are."""
         matrices: dict[str, Matrix] = {}
         others: dict[str, Weight] = {}

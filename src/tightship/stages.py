@@ -120,6 +120,8 @@ def scheme_stage(checkpoint: Checkpoint, target: Target, exporter: Any, recipe: 
     rounded = exporter.activations_for(target)
     if rounded is not None:
         options = {"activations": rounded, **options}
+    if "bytes" in options:
+        options["container"] = target.container
     work = pass_for("quantize", {**options, "layouts": dict(layouts)}, f"target {target.id}", recipe.path)
     return Stage(Step("quantize", f"scheme {target.id}"), work)
 
