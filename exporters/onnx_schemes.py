@@ -12,7 +12,8 @@
 form for long prompts. It has standard operators only in any case.
 
 Options: `profile: portable`, `layout` (another affine layout for the integers), `include: [embeddings, head]`,
-`accuracy_level` (of MatMulNBits as shipped; 4, the default, quantizes activations to int8, 0 and 1 do not).
+`accuracy_level` (of MatMulNBits as shipped; 4, the default, quantizes activations to int8, 0 and 1 do not),
+`folder: onnx` (the graph lies in `onnx/`, where transformers.js and sentence-transformers look on a model hub).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ FLOATS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 INTEGERS = ("int4", "int8", "int2")
 DYNAMIC = "int8-dynamic"
 LATER = ("int8-static",)
-OPTIONS = ("profile", "layout", "include", "accuracy_level")
+OPTIONS = ("profile", "layout", "include", "accuracy_level", "folder")
 PORTABLE = "-portable"
 _INCLUDABLE = {"embeddings": "embedding", "head": "head"}
 
@@ -86,7 +87,11 @@ def _layout(scheme: str, options: Mapping[str, Any], cols: int) -> Layout:
 
 
 def _options(target: Target) -> Mapping[str, Any]:
-    allowed: dict[str, tuple[Any, ...]] = {"profile": ("portable", "ort"), "accuracy_level": (0, 1, 4)}
+    allowed: dict[str, tuple[Any, ...]] = {
+        "profile": ("portable", "ort"),
+        "accuracy_level": (0, 1, 4),
+        "folder": ("onnx",),
+    }
     for key, value in target.options.items():
         if key not in (*OPTIONS, "solver"):
             raise UsageError(f"onnx has no option {key!r}", hint=f"known: {', '.join(OPTIONS)}")

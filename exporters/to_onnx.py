@@ -83,11 +83,14 @@ class OnnxExporter:
         style = style_of(plan.target)
         choice, skeleton = _graph(checkpoint, self.judge, fused=style.fused)
         cache = cache_of(skeleton)
-        written = write_graph(skeleton, checkpoint, directory, style, progress=progress, name=MAIN)
+        main = main_of(plan.target)
+        home = (directory / main).parent
+        home.mkdir(exist_ok=True)
+        written = write_graph(skeleton, checkpoint, home, style, progress=progress, name=MAIN)
         _compare(plan, written)
-        write_companions(checkpoint, directory, cache)
+        write_companions(checkpoint, directory, cache, main)
         details = {"candidates": [judgement.to_json() for judgement in choice.judgements]}
-        return Exported(tuple(sorted_files(directory)), MAIN, choice.graph_source, details)
+        return Exported(tuple(sorted_files(directory)), main, choice.graph_source, details)
 
 
 def reference_graph(checkpoint: Checkpoint, directory: Path, judge: Judge) -> Path:
@@ -103,6 +106,12 @@ def reference_graph(checkpoint: Checkpoint, directory: Path, judge: Judge) -> Pa
     return directory / MAIN
 
 
+def main_of(target: Target) -> str:
+    """Where the graph lies below the artifact's directory: at its root, or in `onnx/` as model hubs have it."""
+    folder = target.options.get("folder")
+    return f"{folder}/{MAIN}" if folder else MAIN
+
+
 def cache_of(skeleton: Skeleton) -> Cache | None:
     """Heads and head size of the first key cache, or None without a cache."""
     first = next((v for v in skeleton.model.graph.inputs if str(v.name).startswith("past_key_values.")), None)
@@ -114,12 +123,12 @@ def cache_of(skeleton: Skeleton) -> Cache | None:
     return Cache(heads, size, shared=shares_cache(skeleton.model.graph))
 
 
-def write_companions(checkpoint: Checkpoint, directory: Path, cache: Cache | None) -> None:
+def write_companions(checkpoint: Checkpoint, directory: Path, cache: Cache | None, main: str = MAIN) -> None:
     """config.json, tokenizer files, and genai_config.json for decoders (those with a cache)."""
     config = {**checkpoint.config, "transformers.js_config": {"use_external_data_format": {MAIN: True}}}
     files = {**checkpoint.files, "config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
     if cache:
-        files["genai_config.json"] = genai_config(checkpoint, MAIN, cache)
+        files["genai_config.json"] = genai_config(checkpoint, main, cache)
     for name, data in files.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)

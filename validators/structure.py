@@ -161,7 +161,7 @@ def _onnx_config(checkpoint: Checkpoint, directory: Path, exported: Exported) ->
     model = onnx.load(path, load_external_data=False)
     data = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
     for name in sorted(data):
-        if not (directory / name).is_file() or Path(name).name != name:
+        if not (path.parent / name).is_file() or Path(name).name != name:
             yield None, f"{exported.main} wants its data in {name}, which is not beside it"
     domains = {opset.domain for opset in model.opset_import}
     if domains <= {"", "ai.onnx"}:  # the checker knows no contributed operators

@@ -258,6 +258,17 @@ def test_greedy_text_of_genai_is_our_own_loops(ember: Checkpoint, build: Build) 
     np.testing.assert_array_equal(kept[:stop], ours[:stop])
 
 
+def test_a_graph_in_a_folder_of_its_own(ember: Checkpoint, build: Build) -> None:
+    """As model hubs have it: the graph in onnx/, everything else beside that folder."""
+    directory, _, exported = build(ember, "int4", folder="onnx")
+    assert exported.main == "onnx/model.onnx"
+    assert {"onnx/model.onnx", "onnx/model.onnx_data", "config.json", "genai_config.json"} <= set(exported.files)
+    job = {"artifact": str(directory), "want": "generate", "tokens": 4}
+    theirs = genai.run(job, {"input_ids": IDS[:1, :6]})[1]["tokens"][0]
+    graph = onnx_runtime.Graph(onnx_runtime.open_session(directory / exported.main, "shipped"))
+    np.testing.assert_array_equal(theirs, graph.greedy(IDS[0, :6], 4))
+
+
 def test_the_same_bytes_twice_and_no_word_of_the_machine(ember: Checkpoint, build: Build) -> None:
     first, _, exported = build(ember, "int4")
     second, _, _ = build(ember, "int4")

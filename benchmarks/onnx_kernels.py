@@ -1,0 +1,121 @@
+"""One matrix product in ONNX Runtime's CPU kernels, each way that our ONNX artifacts store a matrix, against float32.
+
+    python benchmarks/onnx_kernels.py [--size 2048] [--seconds 0.3] [--out DIR]
+
+A square matrix is multiplied with 1, 16 and 128 rows (decoding, a few, a prompt), one thread, weights written by our
+packings. The figure is the processor time of a float32 MatMul over that of the kernel, both the fastest of interleaved
+runs: above 1 the kernel is faster than float32. `exporters/onnx_speed.py` holds what `plan` tells of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper
+
+from tightship.formats.layouts import parse_layout
+from tightship.formats.packings import matmul_nbits, onnx_blocked
+
+ROWS = (1, 16, 128)
+CASES = [(bits, block, level) for bits in (2, 4, 8) for block in (16, 32, 64, 128, 256) for level in (0, 4)]
+
+
+def model(nodes: list[Any], weights: dict[str, tuple[int, tuple[int, ...], np.ndarray]]) -> ort.InferenceSession:
+    initializers = [
+        helper.make_tensor(name, kind, shape, array.tobytes(), raw=True)
+        for name, (kind, shape, array) in weights.items()
+    ]
+    graph = helper.make_graph(
+        nodes, "one", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, None])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], initializers,
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    proto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(onnx.ModelProto.SerializeToString(proto), options, providers=["CPUExecutionProvider"])
+
+
+def plain(w: np.ndarray) -> ort.InferenceSession:
+    weights = {"w": (TensorProto.FLOAT, w.T.shape, np.ascontiguousarray(w.T))}
+    return model([helper.make_node("MatMul", ["x", "w"], ["y"])], weights)
+
+
+def nbits(w: np.ndarray, bits: int, block: int, level: int) -> ort.InferenceSession:
+    layout = parse_layout(f"int{bits}-g{block}")
+    spec = matmul_nbits.nbits_for(layout, w.shape[1])
+    assert isinstance(spec, matmul_nbits.NBits)
+    arrays = matmul_nbits.pack(layout, layout.quantize(w), spec)
+    kinds = {"B": TensorProto.UINT8, "scales": TensorProto.FLOAT}
+    weights = {key: (kinds[key], arrays[key].shape, arrays[key]) for key in kinds}
+    attributes = {"K": w.shape[1], "N": w.shape[0], "bits": bits, "block_size": block, "accuracy_level": level}
+    return model([helper.make_node("MatMulNBits", ["x", *kinds], ["y"], domain="com.microsoft", **attributes)], weights)
+
+
+def dynamic(w: np.ndarray) -> ort.InferenceSession:
+    layout = parse_layout("int8-channel")
+    shapes = onnx_blocked.channel_shapes(*w.shape)
+    arrays = onnx_blocked.pack_channels(layout.quantize(w))
+    weights = {key: (*shapes[key], arrays[key]) for key in shapes}
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["r"]),
+        helper.make_node("DequantizeLinear", list(shapes), ["d"], axis=1),
+        helper.make_node("MatMul", ["r", "d"], ["y"]),
+    ]
+    return model(nodes, weights)
+
+
+def fastest(sessions: list[ort.InferenceSession], x: np.ndarray, seconds: float) -> list[float]:
+    """Processor seconds of the fastest run of each, taking turns."""
+    best = [np.inf] * len(sessions)
+    end = time.perf_counter() + seconds * len(sessions)
+    rounds = 0
+    while rounds < 3 or time.perf_counter() < end:
+        rounds += 1
+        for index, session in enumerate(sessions):
+            start = time.process_time()
+            session.run(None, {"x": x})
+            best[index] = min(best[index], time.process_time() - start)
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--size", type=int, default=2048)
+    parser.add_argument("--seconds", type=float, default=0.3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((options.size, options.size)).astype(np.float32)
+    base = plain(w)
+    kernels = {f"{bits} bit, block {block}, level {level}": (bits, block, level) for bits, block, level in CASES}
+    found: dict[str, dict[int, float]] = {}
+    for name in [*kernels, "int8-dynamic"]:
+        session = nbits(w, *kernels[name]) if name in kernels else dynamic(w)
+        found[name] = {}
+        for rows in ROWS:
+            x = rng.standard_normal((rows, options.size)).astype(np.float32)
+            theirs, ours = fastest([base, session], x, options.seconds)
+            found[name][rows] = round(theirs / ours, 2)
+    result = {"size": options.size, "machine": platform.processor() or "x86_64", "onnxruntime": version("onnxruntime")}
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "onnx_kernels.json").write_text(json.dumps({**result, "speed": found}, indent=1) + "\n")
+    lines = [f"# MatMul of {options.size} x {options.size} against float32, onnxruntime {result['onnxruntime']}", ""]
+    lines += ["| weights | 1 row | 16 rows | 128 rows |", "|---|---|---|---|"]
+    lines += [f"| {name} | " + " | ".join(f"{v}x" for v in rows.values()) + " |" for name, rows in found.items()]
+    (options.out / "onnx_kernels.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
