@@ -44,7 +44,7 @@ def write_graph(
             f"the graph does not read {len(dropped)} stored tensors: {', '.join(dropped[:8])}", tensor=dropped[0]
         )
     graph = skeleton.model.graph
-    emitter = Emitter(graph, style)
+    emitter = Emitter(graph, style, checkpoint.activations)
     written: dict[str, int] = {}
     for unit in units_of(skeleton, checkpoint):
         first = len(emitter.initializers)

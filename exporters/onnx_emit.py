@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tightship.activations import Activations
 from tightship.errors import Unsupported
 from tightship.exporters.onnx_storage import Style, by_channel, dense_initializer, operand_initializers
 from tightship.exporters.onnx_units import Unit, Use
@@ -23,9 +24,10 @@ _FLOAT = 1
 class Emitter:
     """Puts units into one graph. `initializers` are the weights in order of first use, `constants` what nodes need."""
 
-    def __init__(self, graph: ir.Graph, style: Style) -> None:
+    def __init__(self, graph: ir.Graph, style: Style, activations: Mapping[str, Activations] | None = None) -> None:
         self.graph = graph
         self.style = style
+        self.activations = activations or {}
         self.initializers: list[Initializer] = []
         self.constants: list[Initializer] = []
         self._values: dict[str, ir.Value] = {}
@@ -109,7 +111,7 @@ class Emitter:
         operands = self._operands(name, weight, table=table)
         if by_channel(weight, self.style) and not table:
             dense = self._append(nodes, "DequantizeLinear", list(operands.values()), {"axis": 1})
-            return self._append(nodes, "MatMul", [self._rounded(x), dense])
+            return self._append(nodes, "MatMul", [self._rounded(x, name), dense])
         offsets = operands.pop("offsets", None)
         spec = nbits_of(weight)
         if self.style.portable:
@@ -126,16 +128,36 @@ class Emitter:
             return product
         return self._append(nodes, "Add", [product, self._minimum(x, offsets, spec, nodes)])
 
-    def _rounded(self, x: ir.Value) -> ir.Value:
-        """x through 8 bits and back, once for all its readers; runtimes fuse this into their integer kernels."""
-        key = f"{x.name}.rounded"
+    def _rounded(self, x: ir.Value, name: str) -> ir.Value:
+        """x through 8 bits and back, once for all that round it alike; runtimes fuse this into integer kernels."""
+        module = name.split(".rows", maxsplit=1)[0].removesuffix(".weight")
+        fixed = self.activations.get(module) if self.style.static else None
+        if self.style.static and fixed is None:
+            raise Unsupported("this matrix has integers, but its inputs have no fixed range", tensor=name)
+        key = f"{x.name}.rounded" + (f".{fixed.scale!r}.{fixed.zero_point}" if fixed else "")
         producer = x.producer()
         if key not in self._values and producer is not None:
-            codes = self._node("DynamicQuantizeLinear", [x], outputs=3)
-            back = self._node("DequantizeLinear", codes.outputs)
+            if fixed is None:
+                codes = self._node("DynamicQuantizeLinear", [x], outputs=3)
+                back = self._node("DequantizeLinear", codes.outputs)
+            else:
+                parameters = self._range(module, fixed)
+                codes = self._node("QuantizeLinear", [x, *parameters])
+                back = self._node("DequantizeLinear", [codes.outputs[0], *parameters])
             self.graph.insert_after(producer, [codes, back])
             self._values[key] = back.outputs[0]
         return self._values[key]
+
+    def _range(self, module: str, fixed: Activations) -> list[ir.Value]:
+        """Scale and zero point of calibrated activations, as unsigned codes: 128 more, the same numbers.
+
+        Signed ones that several matrices share do not reach ONNX Runtime's integer kernels.
+        """
+        import numpy as np
+
+        scale = Initializer.of(f"{module}.input_scale", np.asarray(fixed.scale, np.float32))
+        zero = Initializer.of(f"{module}.input_zero_point", np.asarray((fixed.zero_point or 0) + 128, np.uint8))
+        return [self._add(item, constant=True) for item in (scale, zero)]
 
     def _minimum(self, x: ir.Value, offsets: ir.Value, spec: NBits, nodes: list[ir.Node]) -> ir.Value:
         """block_sums(x) @ offsets: what a minimum per block adds, without float zero points."""

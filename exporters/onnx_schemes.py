@@ -6,10 +6,12 @@
 | fp32, fp16, bf16     | that type, computed in float32      | that type            |
 | int4, int8, int2     | affine integers, symmetric          | as the source has it |
 | int8-dynamic         | int8, one scale a row               | as the source has it |
+| int8-static          | int8, one scale a row               | as the source has it |
 | any with `-portable` | the same, standard operators only   |                      |
 
 `int8-dynamic` rounds activations to 8 bits in front of each matrix, by the range they have at that moment: the fastest
-form for long prompts. It has standard operators only in any case.
+form for long prompts. `int8-static` does so by calibrated ranges (options of the solver: `activations: int8-static` for
+symmetric ones, `activation_range`, `percentile`). Both have standard operators only in any case.
 
 Options: `profile: portable`, `layout` (another affine layout for the integers), `include: [embeddings, head]`,
 `accuracy_level` (of MatMulNBits as shipped; 4, the default, quantizes activations to int8, 0 and 1 do not),
@@ -18,6 +20,7 @@ Options: `profile: portable`, `layout` (another affine layout for the integers),
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +35,9 @@ from tightship.weights import Alias
 FLOATS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 INTEGERS = ("int4", "int8", "int2")
 DYNAMIC = "int8-dynamic"
-LATER = ("int8-static",)
+STATIC = "int8-static"
+ROUNDED = {STATIC: "int8-static-asym"}  # scheme -> the word for its activations
+_STATIC_WORDS = ("int8-static", "int8-static-asym")
 OPTIONS = ("profile", "layout", "include", "accuracy_level", "folder")
 PORTABLE = "-portable"
 _INCLUDABLE = {"embeddings": "embedding", "head": "head"}
@@ -50,24 +55,39 @@ def style_of(target: Target) -> Style:
     return Style(portable, int(options.get("accuracy_level", 4)), dynamic)
 
 
+def style_for(checkpoint: Checkpoint, target: Target) -> Style:
+    """The same for one checkpoint: inputs of matrices that a pass has given fixed ranges are rounded in the graph.
+
+    Raises:
+        Unsupported: activations that no kernel of ONNX Runtime rounds as they are meant.
+    """
+    style = style_of(target)
+    for module, activations in checkpoint.activations.items():
+        if activations.scheme not in _STATIC_WORDS:
+            raise Unsupported(
+                f"ONNX has no {activations.scheme} activations",
+                tensor=module,
+                hint=f"quantize with activations: {' or '.join(_STATIC_WORDS)}, or use onnx:int8-dynamic",
+            )
+    return dataclasses.replace(style, static=bool(checkpoint.activations))
+
+
 def layouts_of(checkpoint: Checkpoint, target: Target) -> dict[str, Layout | str]:
     """What a scheme wants of each tensor; empty without one. See the module docstring.
 
     Raises:
         UsageError: unknown scheme or option.
-        Unsupported: a scheme that is not made yet, or an embedding that no lookup reads.
+        Unsupported: an embedding that no lookup reads.
     """
     options = _options(target)
     if target.scheme is None:
         return {}
     scheme = target.scheme.removesuffix(PORTABLE)
-    if scheme in LATER:
-        raise Unsupported(f"onnx:{target.scheme} is not made yet", hint="use int8-dynamic")
     stored = {name: w for name, w in checkpoint.weights.items() if not isinstance(w, Alias)}
     if scheme in FLOATS:
         return dict.fromkeys(stored, FLOATS[scheme])
-    if scheme not in (*INTEGERS, DYNAMIC):
-        known = (*FLOATS, *INTEGERS, DYNAMIC)
+    if scheme not in (*INTEGERS, DYNAMIC, STATIC):
+        known = (*FLOATS, *INTEGERS, DYNAMIC, STATIC)
         raise UsageError(
             f"onnx has no scheme {target.scheme!r}", hint=f"known: {', '.join(known)}, each also with {PORTABLE}"
         )
@@ -80,7 +100,7 @@ def _layout(scheme: str, options: Mapping[str, Any], cols: int) -> Layout:
     """Groups of 32; of 16, or one a row, where rows are no multiple of that."""
     if "layout" in options:
         return parse_layout(str(options["layout"]))
-    if scheme == DYNAMIC:
+    if scheme in (DYNAMIC, STATIC):
         return parse_layout("int8-channel")
     group = next((f"g{size}" for size in (32, 16) if cols % size == 0), "channel")
     return parse_layout(f"{scheme}-{group}")

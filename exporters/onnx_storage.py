@@ -32,6 +32,8 @@ from tightship.target import Exact, Refused
 from tightship.weights import Dense, Factored, Quantized, Stored
 
 _NARROW = ("f16", "bf16")  # kept as they are behind a Cast; ONNX Runtime's CPU computes in f32
+_INTEGER_LEVEL = 4  # of MatMulNBits: activations are rounded to int8
+_DECODED_WHOLE = (2, 8)  # bits that have no float32 kernel
 _ONNX_WORDS = {1: "FLOAT", 10: "FLOAT16", 16: "BFLOAT16", 2: "UINT8", 3: "INT8", 6: "INT32", 7: "INT64", 9: "BOOL"}
 
 
@@ -43,16 +45,23 @@ class Style:
         portable: standard operators only.
         accuracy_level: of MatMulNBits as shipped: 0 or 1 compute in f32, 4 with int8 activations.
         dynamic: activations are rounded to 8 bits in front of each matrix that has one scale a row.
+        static: the same, in calibrated ranges.
     """
 
     portable: bool = False
     accuracy_level: int = 4
     dynamic: bool = False
+    static: bool = False
+
+    @property
+    def integers(self) -> bool:
+        """Whether matrices go to the integer kernels."""
+        return self.dynamic or self.static
 
     @property
     def fused(self) -> bool:
         """Whether the graph itself may hold ONNX Runtime's own operators."""
-        return not self.portable and not self.dynamic
+        return not self.portable and not self.integers
 
 
 def storage(weight: Stored, style: Style, *, table: bool = False) -> Exact | Refused:
@@ -75,10 +84,10 @@ def storage(weight: Stored, style: Style, *, table: bool = False) -> Exact | Ref
 
 
 def by_channel(weight: Quantized, style: Style) -> bool:
-    """Whether a matrix goes to the integer kernel: symmetric 8 bits, one scale a row, dynamic activations."""
+    """Whether a matrix goes to the integer kernel: symmetric 8 bits, one scale a row, rounded activations."""
     layout = weight.layout
     fits = layout.kind == "affine" and layout.bits == 8 and layout.symmetric  # type: ignore[attr-defined]
-    return style.dynamic and fits and layout.block == 0
+    return style.integers and fits and layout.block == 0
 
 
 def _quantized_storage(weight: Quantized, style: Style, *, table: bool) -> Exact | Refused:
@@ -89,10 +98,9 @@ def _quantized_storage(weight: Quantized, style: Style, *, table: bool) -> Exact
     found = matmul_nbits.nbits_for(weight.layout, cols)
     if isinstance(found, Refused):
         return found
-    if table and found.offsets:
-        return Refused(f"{weight.layout.name} has a free minimum, which a lookup cannot add", ("int8-g32", "int4-g32"))
-    if table and cols % found.block:
-        return Refused(f"a lookup needs rows of whole blocks of {found.block}, found {cols} columns", ("bf16", "f16"))
+    refusal = _no_lookup(weight, found) if table else _too_slow(found, style)
+    if refusal:
+        return refusal
     spec = _nbits(weight, table=table)
     if style.portable:
         blocked = onnx_blocked.Blocked(spec, table)
@@ -101,6 +109,25 @@ def _quantized_storage(weight: Quantized, style: Style, *, table: bool) -> Exact
     return Exact(
         f"{'GatherBlockQuantized' if table else 'MatMulNBits'} {spec.bits} bit, block {spec.block}", spec.nbytes(rows)
     )
+
+
+def _no_lookup(weight: Quantized, found: NBits) -> Refused | None:
+    cols = weight.shape[1]
+    if found.offsets:
+        return Refused(f"{weight.layout.name} has a free minimum, which a lookup cannot add", ("int8-g32", "int4-g32"))
+    if cols % found.block:
+        return Refused(f"a lookup needs rows of whole blocks of {found.block}, found {cols} columns", ("bf16", "f16"))
+    return None
+
+
+def _too_slow(found: NBits, style: Style) -> Refused | None:
+    level = style.accuracy_level
+    if style.portable or level == _INTEGER_LEVEL or found.bits not in _DECODED_WHOLE:
+        return None
+    reason = (
+        f"at accuracy level {level} ONNX Runtime decodes {found.bits} bits anew for every product, slower than float32"
+    )
+    return Refused(reason, ("int4-g32",))
 
 
 def stored_dtype(weight: Dense) -> DType:

@@ -18,7 +18,7 @@ from tightship.exporters.onnx_assemble import write_graph
 from tightship.exporters.onnx_candidates import candidates
 from tightship.exporters.onnx_candidates.fused import shares_cache
 from tightship.exporters.onnx_candidates.skeleton import Choice, Judge, Skeleton, outputs_of
-from tightship.exporters.onnx_schemes import layouts_of, style_of
+from tightship.exporters.onnx_schemes import PORTABLE, ROUNDED, layouts_of, style_for, style_of
 from tightship.exporters.onnx_storage import storage
 from tightship.exporters.onnx_units import left_out
 from tightship.layout import Layout
@@ -45,8 +45,9 @@ class OnnxExporter:
         """
         return layouts_of(checkpoint, target)
 
-    def activations_for(self, target: Target) -> str | None:  # noqa: ARG002 - int8-dynamic is in the graph
-        return None
+    def activations_for(self, target: Target) -> str | None:
+        """The word for calibrated activations; `int8-dynamic` needs none."""
+        return ROUNDED.get((target.scheme or "").removesuffix(PORTABLE))
 
     def plan(self, checkpoint: Checkpoint, target: Target) -> TargetPlan:
         """Storage and bytes of every tensor, without data.
@@ -55,7 +56,7 @@ class OnnxExporter:
             Unsupported: ONNX cannot say a tensor's values exactly; the message names the nearest layouts.
         """
         outputs_of(checkpoint.architecture)
-        style = style_of(target)
+        style = style_for(checkpoint, target)
         needless = left_out(checkpoint)
         tensors = []
         for name, weight in checkpoint.weights.items():
@@ -80,7 +81,7 @@ class OnnxExporter:
             Unsupported: no graph source passes the parity check, or a weight does not fit the graph.
             GateFailed: the bytes written are not the planned ones.
         """
-        style = style_of(plan.target)
+        style = style_for(checkpoint, plan.target)
         choice, skeleton = _graph(checkpoint, self.judge, fused=style.fused)
         cache = cache_of(skeleton)
         main = main_of(plan.target)

@@ -11,6 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from tightship.activations import Activations, fixed
 from tightship.checkpoint import Checkpoint
 from tightship.dtypes import dtype
 from tightship.errors import Unsupported, UsageError
@@ -235,6 +236,47 @@ def test_dynamic_activations_reach_the_integer_kernel(ember: Checkpoint, build: 
     ran = [node.op_type for node in optimized.graph.node]
     assert ran.count("DynamicQuantizeMatMul") + ran.count("MatMulIntegerToFloat") == 14
     assert len([t for t in plan.tensors if t.storage == "DequantizeLinear INT8, by channel"]) == 14
+
+
+@pytest.mark.parametrize("word", ["int8-static", "int8-static-asym"])
+def test_calibrated_activations(ember: Checkpoint, build: Build, tmp_path: Path, word: str) -> None:
+    """Right without rounding; the ranges given are the ones that round; every matrix runs in the integer kernel."""
+    import onnxruntime as ort
+
+    inputs = {i.name.removesuffix(".weight"): fixed(word, -9.0, 6.0 + n) for n, i in enumerate(ember.linears())}
+    directory, plan, _ = build(ember.replace(activations=inputs), "int8-static")
+    solved = rounded(ember, EXPORTER.layout_for(ember, plan.target))
+    expected = transformers_outputs(solved, EXAMPLES / "ember", IDS)["logits"]
+    assert relative_l2(in_onnx_runtime(directory, IDS)["logits"], expected) <= 1e-5
+    assert 1e-3 < relative_l2(in_onnx_runtime(directory, IDS, mode="shipped")["logits"], expected) < 0.3
+    stored = onnx.load(directory / "model.onnx")
+    held = {i.name: onnx.numpy_helper.to_array(i) for i in stored.graph.initializer}
+    quantizers = [node.input for node in stored.graph.node if node.op_type == "QuantizeLinear"]
+    assert {node.domain for node in stored.graph.node} == {""}
+    for _, scale, zero in quantizers:
+        given = inputs[scale.removesuffix(".input_scale")]
+        assert (float(held[scale]), int(held[zero])) == (given.scale, (given.zero_point or 0) + 128)
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(str(directory / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    ran = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node]
+    assert ran.count("MatMulIntegerToFloat") == len(inputs)
+    assert ran.count("MatMul") == 1  # the head
+
+
+def test_activations_that_onnx_cannot_round_are_refused(ember: Checkpoint) -> None:
+    name = ember.linears()[0].name.removesuffix(".weight")
+    with pytest.raises(Unsupported, match="fp8-dynamic") as caught:
+        EXPORTER.plan(ember.replace(activations={name: Activations("fp8-dynamic")}), Target("onnx"))
+    assert caught.value.tensor == name
+
+
+@pytest.mark.parametrize(("scheme", "level"), [("int8", 0), ("int2", 1)])
+def test_kernels_that_decode_for_every_product_are_refused(ember: Checkpoint, scheme: str, level: int) -> None:
+    target = Target("onnx", scheme, {"accuracy_level": level})
+    solved = rounded(ember, EXPORTER.layout_for(ember, target))
+    with pytest.raises(Unsupported, match="slower than float32"):
+        EXPORTER.plan(solved, target)
 
 
 def test_portable_graphs_use_standard_operators_only(ember: Checkpoint, build: Build) -> None:

@@ -43,6 +43,7 @@ _TYPES: dict[str, np.dtype] = {
 }
 _ZERO_UNLESS_GIVEN = ("token_type_ids", "global_attention_mask")
 _ROWS_AT_ONCE = 8
+_ROUNDING = ("DynamicQuantizeLinear", "QuantizeLinear")
 
 
 def run(job: dict[str, Any], arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
@@ -95,12 +96,12 @@ def open_session(path: Path, mode: str, threads: int = 1, *, mapped: bool = Fals
 def in_float32(path: Path) -> bytes:
     """The graph, its weights left outside, with activations in float32.
 
-    MatMulNBits is told so by its attribute; what comes back from DynamicQuantizeLinear is replaced by what went in.
+    MatMulNBits is told so by its attribute; what comes back from (Dynamic)QuantizeLinear is replaced by what went in.
     """
     import onnx
 
     model = onnx.load(path, load_external_data=False)
-    rounded = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DynamicQuantizeLinear"}
+    rounded = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type in _ROUNDING}
     plain = {n.output[0]: rounded[n.input[0]] for n in model.graph.node if n.input and n.input[0] in rounded}
     for node in model.graph.node:
         if node.op_type != "DequantizeLinear":
