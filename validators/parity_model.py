@@ -88,7 +88,9 @@ def small_config(real: Checkpoint) -> dict[str, Any]:
         if key in config:
             config[key] = HIDDEN if config[key] == hyper["hidden"] else HIDDEN // 2
     if "experts" in hyper:
-        _set(config, keys["experts"], min(EXPERTS, int(hyper["experts"])))
+        # Two experts at least in each group, and more than are used.
+        least = max(EXPERTS, 2 * int(hyper.get("groups", 0)), int(hyper.get("experts_used", 0)) + 1)
+        _set(config, keys["experts"], min(least, int(hyper["experts"])))
     _shrink_bounds(config)
     _shrink_rope(config, int(_rotary_width(config, real)))
     _shrink_tokens(config)

@@ -123,9 +123,10 @@ def _sample(view: ModelView, starts: np.ndarray, length: int, rng: np.random.Gen
     cache: Any = None
     with view.computing():
         while ids.shape[1] < length:
-            last = torch.from_numpy(ids[:, -1:]).to(view.device)
-            found = module(input_ids=last, past_key_values=cache, use_cache=True)
-            cache = found.past_key_values
+            # A model without a cache of keys (Mamba) reads everything again.
+            read = torch.from_numpy(ids if cache is None else ids[:, -1:]).to(view.device)
+            found = module(input_ids=read, past_key_values=cache, use_cache=True)
+            cache = found.get("past_key_values")
             logits = found.logits[:, -1].double().cpu().numpy()
             weights = np.cumsum(np.exp(logits - logits.max(axis=1, keepdims=True)), axis=1)
             draws = rng.random(len(ids)) * weights[:, -1]

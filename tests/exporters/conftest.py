@@ -178,7 +178,8 @@ def unigram(strings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
 def replacements(strings: list[str]) -> dict[str, str]:
     """Characters of the strings that NFKC changes, and white space, which becomes a space."""
     found = {}
-    for char in sorted(set("".join(strings)) - {" ", "\0"}):
+    spaces = [chr(code) for code in range(0x3001) if chr(code).isspace()]
+    for char in sorted({*"".join(strings), *spaces} - {" ", "\0"}):
         plain = " " if char.isspace() else unicodedata.normalize("NFKC", char)
         if plain != char:
             found[char] = plain
