@@ -25,6 +25,7 @@ def gguf_cells() -> list[Cell]:
         makers = {
             "llama-quantize": {"maker": "llama-quantize", "scheme": scheme},
             "ours": {**ours, "with": {"solver": "gptq"}},
+            "ours, mixed": {**ours, "with": {"solver": "gptq", "bytes": "same"}},
         }
         if scheme in PROPAGATED:
             makers["ours, propagated"] = {**ours, "with": {"solver": "gptq", "propagate": 0.5}}
