@@ -23,6 +23,7 @@ _MODULES = (
     "quantize",
     "recover",
     "distill",
+    "qat",
 )
 
 

@@ -7,7 +7,7 @@ difference over the mean square of the target.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from tightship.checkpoint import Checkpoint
 from tightship.errors import UsageError
 from tightship.modelview import ModelView
 from tightship.passes.base import Run
+from tightship.passes.leaves import Leaf
 from tightship.passes.lessons import Lessons
 from tightship.passes.trainee import Assembly, every_leaf
 from tightship.passes.training import Training, fit
@@ -25,7 +26,13 @@ if TYPE_CHECKING:
     import torch
 
 
-def reconstruct(checkpoint: Checkpoint, dense: Checkpoint, text: Lessons, how: Training, run: Run) -> dict[str, Stored]:
+Leaves = Callable[[Checkpoint, Run, Callable[[str], bool]], dict[str, Leaf]]
+"""leaves(checkpoint, run, wanted) -> what is trained of the tensors whose names are wanted."""
+
+
+def reconstruct(
+    checkpoint: Checkpoint, dense: Checkpoint, text: Lessons, how: Training, run: Run, *, leaves: Leaves = every_leaf
+) -> dict[str, Stored]:
     """The recovered tensors of every block, by on-disk name; each block sees all of the lessons' tokens.
 
     Raises:
@@ -43,7 +50,7 @@ def reconstruct(checkpoint: Checkpoint, dense: Checkpoint, text: Lessons, how: T
     walk.module.requires_grad_(False)
     for step, original in zip(walk.steps(), model.steps(), strict=True):
         targets = [output for _, output in original.passages()]
-        recovered = _recover(_Block(walk, step, targets), text.steps, how, run)
+        recovered = _recover(_Block(walk, step, targets, leaves), text.steps, how, run)
         for name, weight in recovered.items():
             step.write(name, weight)
         found.update(recovered)
@@ -62,6 +69,7 @@ class _Block:
     walk: BlockWalk
     step: BlockStep
     targets: Sequence[torch.Tensor]
+    leaves: Leaves
 
     def loss(self, place: int, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
         output: torch.Tensor = self.walk.run(self.step.index, self.walk.batches[place], parameters)
@@ -74,7 +82,7 @@ def _recover(block: _Block, steps: int, how: Training, run: Run) -> dict[str, St
     import torch
 
     walk, index = block.walk, block.step.index
-    leaves = every_leaf(walk.checkpoint, run, lambda name: name.startswith(walk.prefixes[index]))
+    leaves = block.leaves(walk.checkpoint, run, lambda name: name.startswith(walk.prefixes[index]))
     assembly = Assembly(walk.checkpoint, walk.module, walk.addresses, leaves)
     last = len(block.targets) - 1  # is held out
 

@@ -70,6 +70,13 @@ class Matrix(Leaf):
             "b": torch.zeros(start.shape[0], rank, device=device).requires_grad_(),
         }
 
+    def start_from(self, w: np.ndarray) -> None:
+        """Begin with other weights (out, in) float32 on the same grid."""
+        import torch
+
+        with torch.no_grad():
+            self.tensors["w"].copy_(torch.from_numpy(w))
+
     def value(self) -> torch.Tensor:
         w = self._free()
         if self._round is not None:

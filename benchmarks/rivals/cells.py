@@ -6,9 +6,9 @@ from typing import Any
 
 Cell = dict[str, Any]
 
-GGUF = ("q2_k", "q3_k_m", "iq4_xs", "q4_k_m", "q5_k_m")
+GGUF = ("q2_k", "q3_k_m", "q4_k_m", "iq4_xs", "q5_k_m")
 ONNX = ((32, True), (32, False), (128, False))
-SAFETENSORS = ((4, 32), (4, 128), (3, 128), (2, 32))
+SAFETENSORS = ((3, 128), (4, 128), (2, 32), (4, 32))
 PROPAGATED = ("q2_k", "q3_k_m", "int3-g128", "int2-g32")
 CONTROLLED = ("q3_k_m",)
 SUBSETS = ("first", "second", "third")

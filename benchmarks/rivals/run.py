@@ -17,6 +17,7 @@ row that is there is not made again.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -164,8 +165,9 @@ class Bench:
 
 
 def jobs(options: argparse.Namespace) -> list[tuple[str, dict[str, Any], str]]:
-    """(subset, cell, maker) in the order of work: every cell of the first slice before the second."""
-    cells = [*gguf_cells(), *onnx_cells(), *safetensors_cells(), *lossless_cells()]
+    """(subset, cell, maker) in the order of work: containers in turn, every cell of a slice before the next slice."""
+    in_turn = itertools.zip_longest(gguf_cells(), safetensors_cells(), onnx_cells(), lossless_cells())
+    cells = [cell for turn in in_turn for cell in turn if cell is not None]
     found = []
     for subset in options.subsets:
         for cell in cells:
@@ -184,8 +186,8 @@ def arguments() -> argparse.Namespace:
     for text in ("calibration", "test", "other"):
         parser.add_argument(f"--{text}", type=Path, required=True)
     parser.add_argument("--environments", type=Path, default=Path("rivals"), help="where rivals are installed")
-    parser.add_argument("--tokens", type=int, default=16384, help="calibration tokens")
-    parser.add_argument("--test-windows", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=8192, help="calibration tokens")
+    parser.add_argument("--test-windows", type=int, default=18)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--subsets", nargs="*", default=list(SUBSETS))
     parser.add_argument("--only", nargs="*", default=[], help="cells and makers whose `cell: maker` holds a word")
