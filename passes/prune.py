@@ -20,6 +20,8 @@ from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported, UsageError
 from tightship.passes.base import Needs, Pass, Run
 from tightship.passes.masks import check_groups, parse_pattern
+from tightship.passes.options import build
+from tightship.passes.recover import Recover
 from tightship.suggest import did_you_mean
 from tightship.weights import Alias, Dense, Factored, Quantized, Stored, Sum
 
@@ -77,7 +79,8 @@ class Prune(Pass):
 
     `scope`: over what the count is taken. `schedule`: how the calibrated methods share a global sparsity out among
     tensors, by which `score`, and how far shares may lie apart (`spread`); see `schedules`. `trials`: of a search.
-    `damp`: see `hessian`.
+    `damp`: see `hessian`. `steps`: in how many, and `recover`: options of the pass `recover` after each; see
+    `prune_loop`.
     """
 
     name: ClassVar[str] = "prune"
@@ -93,6 +96,8 @@ class Prune(Pass):
     spread: float | None = None
     trials: int | None = None
     damp: float | None = None
+    steps: int = 1
+    recover: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         groups = parse_pattern(self.pattern)
@@ -116,7 +121,16 @@ class Prune(Pass):
             raise UsageError(f"prune: trials is a count for the schedule search, found {self.trials}")
         if self.damp is not None and not 0 < self.damp <= 1:
             raise UsageError(f"prune: damp is a share of the mean diagonal, above 0 and at most 1; found {self.damp}")
+        if self.steps < 1 or (groups and self.steps > 1):
+            raise UsageError(f"prune: steps is at least 1, and a pattern is made in one; found {self.steps}")
+        if self.recover is not None:
+            build(Recover, self.recover, "prune: recover")
         self.solver.check(self)
+
+    @property
+    def looped(self) -> bool:
+        """Whether there is more to do than to prune once."""
+        return self.steps > 1 or self.recover is not None
 
     @property
     def solver(self) -> PruneMethod:
@@ -140,11 +154,11 @@ class Prune(Pass):
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]
-        return self.solver.needs
+        return "calibration" if self.recover is not None else self.solver.needs
 
     @property
     def per_tensor(self) -> bool:  # type: ignore[override]
-        return self.solver.per_tensor(self)
+        return self.solver.per_tensor(self) and not self.looped
 
     def to_json(self) -> dict[str, Any]:
         return {**super().to_json(), "revision": f"{self.revision}.{self.solver.revision}"}
@@ -173,4 +187,8 @@ class Prune(Pass):
             check_groups(name, weight.shape, self.groups[1] if self.groups else 1)
 
     def apply(self, checkpoint: Checkpoint, run: Run) -> Checkpoint:
+        if self.looped:
+            from tightship.passes.prune_loop import pruned_in_steps
+
+            return pruned_in_steps(self, checkpoint, run)
         return checkpoint.with_weights(self.solver.prune(self, checkpoint, run))

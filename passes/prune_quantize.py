@@ -41,6 +41,10 @@ class PruneQuantize(Prune):
                 f"prune-quantize: only sparsegpt zeroes and rounds in one sweep, found {self.method}",
                 hint="use prune, then quantize",
             )
+        if self.looped:
+            raise UsageError(
+                "prune-quantize: one sweep has no steps, and a grid takes no recovery; use prune before it"
+            )
         if not isinstance(layout_of(self.layout), Layout):
             raise UsageError(f"prune-quantize: {self.layout} is an element type, not a grid")
 
