@@ -1,0 +1,236 @@
+"""Structured pruning: perplexity before and after recovery, loading in three runtimes, and speed on a random model.
+
+    python benchmarks/structured.py CHECKPOINT --calibration FILE --test FILE [--shares 0.12 0.25 0.5]
+    python benchmarks/structured.py --speed [--shares 0.12 0.25 0.5] [--rounds 3]
+
+Quality: every kind of unit at every share, calibrated on the beginning of FILE, test perplexity before and after
+recovery (`recover: full`) on the same text's later part. Each smaller model is exported to GGUF, ONNX and safetensors
+and run in llama.cpp, ONNX Runtime and transformers; `runs` says in how many of the three it did.
+
+Speed: a random Llama of 30 blocks, 576 wide, 9 query and 3 key heads, MLP 1536, vocabulary 49152 (135M), float32,
+against itself with the same share of MLP channels and hidden width cut, in llama.cpp and ONNX Runtime, taking turns.
+
+Writes structured-NAME.json and .md, or structured-speed.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tightship.architecture import architecture_for
+from tightship.checkpoint import Checkpoint, Source
+from tightship.errors import TightshipError, UsageError
+from tightship.exporters import exporter_for
+from tightship.modelview import ModelView
+from tightship.opening import open_checkpoint
+from tightship.passes import pass_for
+from tightship.passes.base import Run
+from tightship.target import Target
+from tightship.texts import read_documents, token_windows
+from tightship.validators.bench import Plan, bench, subjects
+from tightship.validators.parity import judge
+from tightship.weights import Alias, Dense, Weight
+
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 576,
+    "intermediate_size": 1536, "max_position_embeddings": 2048, "num_attention_heads": 9, "num_hidden_layers": 30,
+    "num_key_value_heads": 3, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
+    "vocab_size": 49152,
+}  # fmt: skip
+
+
+DEMO = Path(__file__).parents[1] / "examples" / "ember"
+
+
+def variants(checkpoint: Checkpoint, shares: list[float]) -> Iterator[tuple[str, Any]]:
+    """(label, pass) of everything that is tried; what rounds to nothing is left out."""
+    layers = int(checkpoint.hyper["layers"])
+    for share in shares:
+        for kind in ("ffn", "heads", "width"):
+            step = pass_for("prune-structured", {kind: share})
+            try:
+                step.requires(checkpoint)
+            except UsageError:
+                continue
+            yield f"{kind} {share:.0%}", step
+        yield f"layers {share:.0%}", pass_for("drop-layers", {"count": max(1, round(share * layers))})
+
+
+def quality(options: argparse.Namespace) -> dict[str, Any]:
+    """The first part."""
+    checkpoint = open_checkpoint(options.checkpoint)
+    text = "\n".join(read_documents(options.calibration))
+    half = len(text) // 2
+    test = token_windows(checkpoint, read_documents(options.test), tokens=options.test_tokens, sequence=256)
+    windows = np.stack([w for w in test if len(w) == 256])
+    run = Run(threads=options.threads, texts=(text[:half],), tokens=options.tokens, sequence=256)
+    later = Run(threads=options.threads, texts=(text[half:],), tokens=options.recovery, sequence=128)
+    recover = pass_for("recover", {"tokens": options.recovery, "sequence": 128, "rate": 5e-4})
+    rows = [{"what": "dense", "parameters": 1.0, "before": perplexity(checkpoint, windows, options.threads)}]
+    rows[0]["after"] = perplexity(recover.apply(checkpoint, later), windows, options.threads)
+    report = {"checkpoint": checkpoint.name, "settings": settings(options), "rows": rows}
+    for what, step in variants(checkpoint, options.shares):
+        smaller = step.apply(checkpoint, run)
+        row: dict[str, Any] = {"what": what, "parameters": parameters(smaller) / parameters(checkpoint)}
+        row["before"] = perplexity(smaller, windows, options.threads)
+        row["after"] = perplexity(recover.apply(smaller, later), windows, options.threads)
+        row["runs"] = runs(smaller)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        write(report, options.out / f"structured-{checkpoint.name}", quality_table)
+    return report
+
+
+def runs(checkpoint: Checkpoint) -> list[str]:
+    """Runtimes that load and run the exported model."""
+    with tempfile.TemporaryDirectory() as folder:
+        export(checkpoint, Path(folder), ("gguf", "onnx", "safetensors"))
+        wanted = [s for s in subjects(Path(folder)) if s.runtime != "onnxruntime-genai"]
+        found = bench(Path(folder), Plan(prompt=8, decode=0, passes=1, rounds=1), chosen=wanted)
+        return [m.subject.runtime for m in found.measured if m.rounds]
+
+
+def export(checkpoint: Checkpoint, folder: Path, containers: tuple[str, ...]) -> None:
+    """Artifacts of a checkpoint, each in a directory of its container's name."""
+    for container in containers:
+        exporter = exporter_for(container, judge=judge) if container == "onnx" else exporter_for(container)
+        (folder / container).mkdir(parents=True)
+        exporter.export(checkpoint, exporter.plan(checkpoint, Target(container)), folder / container)
+
+
+def parameters(checkpoint: Checkpoint) -> int:
+    return sum(int(np.prod(w.shape)) for w in checkpoint.weights.values() if not isinstance(w, Alias))
+
+
+def perplexity(checkpoint: Checkpoint, windows: np.ndarray, threads: int) -> float:
+    """Of the next token, over windows (n, length)."""
+    view, total = ModelView(checkpoint, threads=threads), 0.0
+    for start in range(0, len(windows), 8):
+        ids = windows[start : start + 8]
+        logits = view.outputs(ids)["logits"][:, :-1].astype(np.float64)
+        logits -= logits.max(axis=-1, keepdims=True)
+        logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        total -= float(np.take_along_axis(logits, ids[:, 1:, None], axis=-1).sum())
+    return float(np.exp(total / (len(windows) * (windows.shape[1] - 1))))
+
+
+def speed(options: argparse.Namespace) -> dict[str, Any]:
+    """The second part."""
+    whole = random_model(SHAPE)
+    report: dict[str, Any] = {"settings": {"rounds": options.rounds, "threads": options.threads}, "rows": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        export(whole, folder / "dense", ("gguf", "onnx"))
+        sizes = {"dense": 1.0}
+        for share in options.shares:
+            step = pass_for("prune-structured", {"ffn": share, "width": share})
+            smaller = step.outline(whole)  # which units go does not matter for speed
+            export(smaller, folder / f"{share:.0%}", ("gguf", "onnx"))
+            sizes[f"{share:.0%}"] = parameters(smaller) / parameters(whole)
+        found = subjects(folder)
+        for runtime in ("llama.cpp", "onnxruntime"):
+            chosen = [s for name in sizes for s in found if s.runtime == runtime and s.name.split("/")[0] == name]
+            plan = Plan(prompt=64, decode=16, rounds=options.rounds, threads=options.threads)
+            for entry in bench(folder, plan, chosen=chosen).to_json()["artifacts"]:
+                entry.pop("rounds", None)
+                name = entry["name"].split("/")[0]
+                report["rows"].append({"what": name, "parameters": sizes[name], **entry})
+    write(report, options.out / "structured-speed", speed_table)
+    return report
+
+
+def random_model(config: dict[str, Any]) -> Checkpoint:
+    """A checkpoint in memory, float32."""
+    architecture, rng = architecture_for(config), np.random.default_rng(0)
+    weights: dict[str, Weight] = {}
+    for name, info in architecture.lookup(config).items():
+        if not info.rule.optional and name != "lm_head.weight":
+            scale = 1.0 if info.rule.kind == "norm" else 0.02
+            weights[name] = Dense.of(rng.standard_normal(info.shape, np.float32) * np.float32(scale))
+    weights["lm_head.weight"] = Alias("model.embed_tokens.weight")
+    return Checkpoint("random-135m", config, weights, tokenizer(), architecture, Source("random-135m", None, ()))
+
+
+def tokenizer() -> dict[str, bytes]:
+    """The demo checkpoint's tokenizer, filled up with words that no text has: GGUF wants one of the right size."""
+    files = dict(open_checkpoint(DEMO).files)
+    data = json.loads(files["tokenizer.json"])
+    vocabulary = data["model"]["vocab"]
+    taken = {*vocabulary.values(), *(entry["id"] for entry in data["added_tokens"])}
+    free = (number for number in range(int(SHAPE["vocab_size"])) if number not in taken)
+    vocabulary |= {f"<unused {number}>": number for number in free}
+    return {**files, "tokenizer.json": json.dumps(data).encode()}
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "calibration": f"first half of {options.calibration.name}, {options.tokens} tokens",
+        "recovery": f"second half, {options.recovery} tokens, full, rate 5e-4",
+        "test": f"{options.test.name}, {options.test_tokens} tokens in windows of 256",
+    }
+
+
+def quality_table(report: dict[str, Any]) -> str:
+    lines = [f"# Structured pruning of {report['checkpoint']}", ""]
+    lines += [f"- {key}: {value}" for key, value in report["settings"].items()]
+    head = ["removed", "parameters left", "perplexity", "after recovery", "runs in"]
+    lines += ["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in report["rows"]:
+        cells = [row["what"], f"{row['parameters']:.1%}", f"{row['before']:.2f}", f"{row['after']:.2f}"]
+        lines.append("| " + " | ".join([*cells, ", ".join(row.get("runs", []))]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def speed_table(report: dict[str, Any]) -> str:
+    lines = ["# Speed of a 135M Llama with MLP channels and hidden width cut", ""]
+    lines += [
+        "Ratios to the dense model in the same runtime, medians over rounds; float32, prompt of 64, 16 decoded.",
+        "",
+    ]
+    head = ["asked", "parameters left", "runtime", "size", "prefill", "decode"]
+    lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in report["rows"]:
+        cells = [row["what"], f"{row['parameters']:.1%}", row["runtime"], f"{row['bytes'] / 1e6:.0f} MB"]
+        rates = [f"{row[key]:.2f}x" if row.get(key) else "-" for key in ("prefill_ratio", "decode_ratio")]
+        lines.append("| " + " | ".join([*cells, *rates]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write(report: dict[str, Any], stem: Path, table: Any) -> None:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(table(report))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("checkpoint", nargs="?", default="examples/ember")
+    parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--test", type=Path)
+    parser.add_argument("--shares", nargs="*", type=float, default=[0.12, 0.25, 0.5])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--test-tokens", type=int, default=6144)
+    parser.add_argument("--recovery", type=int, default=32768)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    if not options.speed and (options.calibration is None or options.test is None):
+        parser.error("quality needs --calibration and --test")
+    try:
+        report = speed(options) if options.speed else quality(options)
+    except TightshipError as error:
+        parser.exit(error.exit_code, f"{error}\n")
+    print(speed_table(report) if options.speed else quality_table(report))
+
+
+if __name__ == "__main__":
+    main()
