@@ -1,8 +1,8 @@
 """Pruning in steps, with recovery between them.
 
-After step t of n the sparsity is S (1 - (1 - t / n)^3): much is taken while the model can still make good for it, little
-at the end (Zhu and Gupta, arXiv:1710.01878, equation 1). Every step prunes what the step before left, zeros first, so
-masks only grow; `recover` trains under the mask after each step, with its own options and tokens.
+After step t of n the sparsity is S (1 - (1 - t / n)^3): much is taken while the model can still make good for it, and
+little at the end (Zhu and Gupta, arXiv:1710.01878, equation 1). Every step prunes what the step before left, zeros
+first, so masks only grow; `recover` trains under the mask after each step, with its own options and tokens.
 """
 
 from __future__ import annotations

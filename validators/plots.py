@@ -67,6 +67,44 @@ def bars_plot(title: str, groups: Sequence[tuple[str, Mapping[str, float | None]
     return _document(body, round(y))
 
 
+def grid_plot(
+    title: str, columns: Sequence[str], rows: Sequence[str], shares: np.ndarray, cells: Sequence[Sequence[str]]
+) -> str:
+    """A table of coloured cells.
+
+    Args:
+        title: one line above it.
+        columns, rows: their names.
+        shares: (rows, columns) from 0 to 1, light to dark between the least and the largest; NaN leaves a cell white.
+        cells: what is written in each.
+
+    Returns:
+        An SVG document.
+    """
+    width = (_WIDTH - _LEFT - _RIGHT) / max(len(columns), 1)
+    low, high = (np.nanmin(shares), np.nanmax(shares)) if np.isfinite(shares).any() else (0.0, 1.0)
+    body = [_text(_LEFT, 16, title, size=13)]
+    body += [
+        _text(_LEFT + width * (i + 0.5), 34, _short(name, width), anchor="middle") for i, name in enumerate(columns)
+    ]
+    for row, (name, values) in enumerate(zip(rows, shares, strict=True)):
+        y = _TOP + 14 + 18 * row
+        body.append(_text(_LEFT - 6, y + 12, name, anchor="end"))
+        for column, share in enumerate(values):
+            light = 96 - 46 * (share - low) / (high - low or 1.0) if np.isfinite(share) else 100
+            x = _LEFT + width * column
+            place = f'x="{x:.1f}" y="{y}" width="{width - 1:.1f}" height="17"'
+            body.append(f'<rect {place} fill="hsl(210,65%,{light:.0f}%)"/>')
+            body.append(_text(x + width / 2, y + 12, cells[row][column], size=9, anchor="middle"))
+    return _document(body, _TOP + 24 + 18 * len(rows))
+
+
+def _short(name: str, width: float) -> str:
+    """The end of a name, as long as fits."""
+    letters = max(4, int(width / 6))
+    return name if len(name) <= letters else name[-letters:]
+
+
 def _document(body: Sequence[str], height: int) -> str:
     size = f'width="{_WIDTH}" height="{height}" viewBox="0 0 {_WIDTH} {height}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">'

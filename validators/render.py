@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from tightship.validators.layer_figures import layer_grids
+from tightship.validators.layer_figures import picture as layers_picture
 from tightship.validators.plots import positions_plot
 
 Json = Mapping[str, Any]
@@ -22,13 +24,20 @@ _QUESTIONS = {
     "loss": "How far is the artifact from the original?",
 }
 _BAR = 24
+KL_PICTURE, LAYERS_PICTURE = "report.svg", "report-layers.svg"
 
 
 def render(report: Json) -> str:
     """Markdown of a report, ending in a newline."""
     parts = [_headline(report), *_failures(report), _targets(report), *_integers(report)]
     if _kl_by_position(report):
-        parts.append("![KL divergence by position](report.svg)")
+        parts.append(f"![KL divergence by position]({KL_PICTURE})")
+    for grid in layer_grids(report):
+        head, rows = grid.table()
+        note = "Sparsity of each matrix, and what it lost on the calibration inputs as a share of its outputs' energy."
+        parts += [f"## Pruned by {grid.title}", note, _table(head, rows, right=set(range(1, len(head))))]
+    if layer_grids(report):
+        parts.append(f"![Sparsity and loss of each matrix]({LAYERS_PICTURE})")
     for target in report["targets"]:
         parts += _target(target)
     parts += [*_stages(report), *_environment(report)]
@@ -121,8 +130,14 @@ def _figures_of(target: Json) -> dict[str, str]:
     return dict(zip(_COLUMNS, values, strict=True))
 
 
-def picture(report: Json) -> str | None:
-    """KL divergence by position, a line an artifact, as SVG; None where no artifact has logits."""
+def pictures(report: Json) -> dict[str, str]:
+    """File name -> SVG of every picture that the report's Markdown shows."""
+    drawn = {KL_PICTURE: _kl_picture(report), LAYERS_PICTURE: layers_picture(report)}
+    return {name: svg for name, svg in drawn.items() if svg is not None}
+
+
+def _kl_picture(report: Json) -> str | None:
+    """KL divergence by position, a line an artifact; None where no artifact has logits."""
     series = _kl_by_position(report)
     title = "KL divergence of the artifact as shipped from the original"
     return positions_plot(title, series) if series else None

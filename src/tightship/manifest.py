@@ -22,7 +22,7 @@ from tightship.stages import Stage
 from tightship.target import Exported, Progress, no_progress, sorted_files
 from tightship.untrusted import strict_json
 
-REPORTS = ("report.json", "report.md", "report.svg")
+REPORTS = ("report.json", "report.md", "report.svg", "report-layers.svg")
 _LIBRARIES = (
     "gguf",
     "ml_dtypes",

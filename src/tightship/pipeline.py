@@ -280,14 +280,13 @@ def environment(settings: Settings) -> dict[str, Any]:
 
 
 def write_report(folder: Path, data: dict[str, Any]) -> None:
-    """`report.json`, `report.md`, and the picture in it."""
-    from tightship.validators.render import picture, render
+    """`report.json`, `report.md`, and the pictures in it."""
+    from tightship.validators.render import pictures, render
 
     write_file(folder / "report.json", json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     write_file(folder / "report.md", render(data))
-    drawn = picture(data)
-    if drawn is not None:
-        write_file(folder / "report.svg", drawn)
+    for name, svg in pictures(data).items():
+        write_file(folder / name, svg)
 
 
 def summary(report: dict[str, Any], *, verbose: bool = False) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from xml.etree import ElementTree
 
 from tightship.report import Report, TargetReport, judge, not_run
-from tightship.validators.render import picture, render, summary
+from tightship.validators.render import pictures, render, summary
 
 
 def report(*, broken: bool = False) -> dict:
@@ -107,14 +108,35 @@ def test_console_lines() -> None:
 
 def test_the_picture_has_a_line_for_each_artifact_with_logits() -> None:
     data = report()
-    assert picture(data) is None
+    assert pictures(data) == {}
     assert "report.svg" not in render(data)
     place = {"target": "gguf", "runtime": "llama.cpp", "metric": "kl_mean"}
     data["targets"][0]["checks"].append(
         judge(**place, kind="loss", value=0.01, extra={"kl_by_position": [0.1, 0.01]}).to_json()
     )
-    drawn = picture(data)
-    assert drawn is not None
+    drawn = pictures(data)["report.svg"]
     assert drawn.count("<polyline") == 1
     assert "gguf in llama.cpp" in drawn
     assert "(report.svg)" in render(data)
+
+
+def test_sparsity_and_loss_of_each_matrix_in_table_and_picture() -> None:
+    data = report()
+    name = "model.layers.{}.mlp.{}.weight"
+    figures = {
+        name.format(0, "up_proj"): {"sparsity": 0.7, "loss": 0.25, "tokens": 10},
+        name.format(1, "up_proj"): {"sparsity": 0.75, "loss": 0.5, "tokens": 10},
+        name.format(1, "experts.0.w1"): {"sparsity": 0.5, "loss": 0.1, "tokens": 3},
+        name.format(1, "experts.1.w1"): {"sparsity": 0.7, "loss": 0.3, "tokens": 7},
+        "lm_head.weight": {"loss": 1.0},
+    }
+    data["stages"] = [{"id": "p", "use": "prune", "state": "made", "figures": figures}]
+    lines = [line.replace(" ", "") for line in render(data).splitlines()]
+    assert "|block|mlp.up_proj|mlp.experts.*.w1|" in lines
+    assert "|0|70.0%,0.25||" in lines
+    assert "|1|75.0%,0.5|60.0%,0.2|" in lines
+    drawn = pictures(data)["report-layers.svg"]
+    texts = [node.text for node in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")]
+    assert {"70.0%, 0.25", "75.0%, 0.5", "60.0%, 0.2"} <= set(texts)
+    shades = re.findall(r"hsl\(210,65%,(\d+)%\)", drawn)
+    assert [int(shade) for shade in shades] == [65, 100, 50, 96]  # between the least and the largest share, or white
