@@ -19,6 +19,7 @@ from tightship.exporters.onnx_candidates import candidates
 from tightship.exporters.onnx_candidates.fused import shares_cache
 from tightship.exporters.onnx_candidates.skeleton import Choice, Judge, Skeleton, outputs_of
 from tightship.exporters.onnx_schemes import PORTABLE, ROUNDED, layouts_of, style_for, style_of
+from tightship.exporters.onnx_speed import speed_notes
 from tightship.exporters.onnx_storage import storage
 from tightship.exporters.onnx_units import left_out
 from tightship.layout import Layout
@@ -172,7 +173,7 @@ def _notes(tensors: list[TensorPlan]) -> tuple[str, ...]:
     narrow = sorted({t.storage for t in tensors if t.storage in ("FLOAT16", "BFLOAT16")})
     if narrow:
         notes.append(f"{' and '.join(narrow)} tensors are widened to float32 when ONNX Runtime loads them")
-    return tuple(notes)
+    return (*notes, *speed_notes(t.storage for t in tensors))
 
 
 def _omissions(needless: Mapping[str, str]) -> list[str]:

@@ -10,8 +10,9 @@
 blocks = ceil(K / block); block is 16, 32, 64, 128 or 256; bits are 2, 4 or 8. A value is (code - zero_point) * scale.
 Columns past K hold the code of zero. Definition: ContribOperators.md of ONNX Runtime, MatMulNBits.
 
-Layouts of 3, 5, 6 and 7 bits go into the next wider container with the same integers. A group that is no legal block is
-cut into smaller blocks that repeat its scale. A layout with a free minimum (Q4_1, Q4_K, ...) is carried as codes with
+Layouts of 3, 5, 6 and 7 bits go into the next wider container with the same integers, and so do 2 bits in blocks of 16,
+for which there is no kernel. A group that is no legal block, or one without a kernel, is cut into smaller blocks that
+repeat its scale. A layout with a free minimum (Q4_1, Q4_K, ...) is carried as codes with
 zero point 0 and an `offsets` matrix: y = MatMulNBits(x) + block_sums(x) @ offsets.
 """
 
@@ -28,6 +29,7 @@ from tightship.layout import AffineGrid, Arrays, Layout
 from tightship.target import Refused
 
 BLOCKS = (256, 128, 64, 32, 16)
+_FAST_BLOCKS = {2: (128, 64, 32), 4: BLOCKS, 8: BLOCKS}  # others decode the whole matrix for every product
 _RUN = 1 << 20  # elements that are packed at a time: rows are independent
 
 
@@ -95,25 +97,28 @@ class NBits:
 def nbits_for(layout: Layout, cols: int) -> NBits | Refused:
     """The container of a layout, or why there is none."""
     if isinstance(layout, Affine):
-        block = _block(layout.group_size, cols)
-        if block is None:
+        found = _container(layout.bits, layout.group_size, cols)
+        if found is None:
             return Refused(f"groups of {layout.group_size} do not divide into blocks of 16", ("int4-g16", "int4-g32"))
-        return NBits(_container(layout.bits), block, cols, zero_points=not layout.symmetric)
+        return NBits(*found, cols, zero_points=not layout.symmetric)
     twin = _TWINS.get(layout.kind)
-    if twin:
-        return NBits(_container(twin.bits), twin.block, cols, zero_points=twin.minimum, offsets=twin.minimum)
+    found = _container(twin.bits, twin.block, cols) if twin else None
+    if twin and found:
+        return NBits(*found, cols, zero_points=twin.minimum, offsets=twin.minimum)
     return Refused(f"layout {layout.name} is not affine", ("int4-g32", "q4_k", "int8-g32"))
 
 
-def _container(bits: int) -> int:
-    return next(width for width in (2, 4, 8) if bits <= width)
+def _container(bits: int, group: int, cols: int) -> tuple[int, int] | None:
+    """Bits and block of the narrowest container whose largest fitting block has a fast kernel.
 
-
-def _block(group_size: int, cols: int) -> int | None:
-    """The largest legal block that never straddles two groups; a whole-row group fits any block."""
-    if group_size == 0:
-        return next((b for b in BLOCKS if b <= cols), BLOCKS[-1])
-    return next((b for b in BLOCKS if group_size % b == 0), None)
+    A block never straddles two groups; a group of 0 is the whole row, which any block fits.
+    """
+    for width in (w for w in _FAST_BLOCKS if bits <= w):
+        fitting = (b for b in _FAST_BLOCKS[width] if (group % b == 0 if group else b <= cols))
+        block = next(fitting, None if group else _FAST_BLOCKS[width][-1])
+        if block is not None:
+            return width, block
+    return None
 
 
 def pack(layout: Layout, arrays: Mapping[str, np.ndarray], spec: NBits) -> Arrays:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tightship.errors import GateFailed, UsageError
+from tightship.inspection import inspect
 from tightship.manifest import rehash
 from tightship.pipeline import Artifact, Proofs, environment, run_passes, solved, summary
 from tightship.planning import make_plan
@@ -45,13 +46,15 @@ def verify(
     calibration: str | None = None,
     progress: Progress = no_progress,
 ) -> Verified:
-    """Hash every file; with `against`, make the weights again from the source, compare their digests, prove again.
+    """Hash every file, read every header; with `against`, make the weights again, compare digests, prove again.
 
     Raises:
         GateFailed: anything differs, or a proof fails.
+        Malformed: a file is the one that the manifest names, and still breaks the rules of its container.
         UsageError: not a published directory, or one whose recipe needs a text that is not given.
     """
     manifest = rehash(directory, progress)
+    inspect(directory)
     report = None
     if against is not None:
         recipe = recipe_of(manifest, against, calibration)

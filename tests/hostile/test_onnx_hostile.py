@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from tightship.cli import main
 from tightship.errors import Malformed, Unsupported, UsageError
 from tightship.formats.onnx_file import MAX_DEPTH, read_onnx
+from tightship.manifest import write_manifest
 
 DATA = np.arange(4, dtype=np.float32).tobytes()
 Edit = Callable[[onnx.ModelProto], None]
@@ -284,3 +287,31 @@ def test_strings_and_sparse_tensors_are_unsupported(write: Callable[[Edit], Path
 def test_a_missing_file_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         read_onnx(tmp_path / "none.onnx")
+
+
+COMMANDS = (
+    *("parent directory", "absolute path", "offset past the end", "offset negative", "symbolic link", "a circle"),
+    *("functions in a circle", "giant shape"),
+)
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_end_with_a_typed_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, command: str
+) -> None:
+    """Also where whoever wrote the file wrote a manifest that names it."""
+    (tmp_path / "d.bin").write_bytes(DATA)
+    folder = tmp_path / "out" / "onnx"
+    folder.mkdir(parents=True)
+    (folder / "d.bin").write_bytes(DATA)
+    (folder / "model.onnx").write_bytes(edited(HOSTILE[name][0]))
+    if command == "verify":
+        digest = write_manifest(tmp_path / "out", {})
+        (tmp_path / "out" / "report.json").write_text(json.dumps({"manifest_sha256": digest}))
+    if name == "symbolic link":
+        (folder / "link.bin").symlink_to("d.bin")
+    code = main([command, str(tmp_path / "out"), "--json"])
+    error = json.loads(capsys.readouterr().out)["error"]
+    surplus = command == "verify" and name == "symbolic link"  # a file that the manifest does not list
+    assert (code, error["code"]) == ((1, "gate_failed") if surplus else (5, "malformed"))

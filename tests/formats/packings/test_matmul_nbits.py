@@ -86,3 +86,24 @@ def test_hand_packed_bytes() -> None:
 
 def test_groups_without_a_legal_block_are_refused() -> None:
     assert isinstance(nbits_for(parse_layout("int4-g24"), 48), Refused)
+
+
+@pytest.mark.parametrize(
+    ("word", "bits", "block"),
+    [
+        ("int2-g16", 4, 16),
+        ("int2-g64", 2, 64),
+        ("int2-g256", 2, 128),
+        ("int2-channel", 2, 128),
+        ("q2_k", 4, 16),
+        ("tq2_0", 2, 128),
+        ("int4-g256", 4, 256),
+        ("int3-g16", 4, 16),
+        ("q6_k", 8, 16),
+    ],
+)
+def test_containers_have_a_kernel(word: str, bits: int, block: int) -> None:
+    """ONNX Runtime decodes 2 bits in blocks of 16 and 256 anew for every product (benchmarks/onnx_kernels.py)."""
+    spec = nbits_for(parse_layout(word), 512)
+    assert isinstance(spec, NBits)
+    assert (spec.bits, spec.block) == (bits, block)
