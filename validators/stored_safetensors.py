@@ -1,10 +1,17 @@
-"""safetensors by the safetensors package, packed tensors by compressed-tensors' own decompressors.
+"""safetensors by the safetensors package, quantized modules by decoders that are not ours.
+
+| quant_method       | values are decoded by                                  |
+|--------------------|--------------------------------------------------------|
+| compressed-tensors | its own decompressors                                  |
+| gptq, awq          | onnxruntime-genai's unpacking, and one product         |
+| fp8                | transformers' own FP8 code; in cut tiles, torch's cast |
 
 How a module is packed is read from the published config.json (`quantization_config`), not from the plan.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,22 +21,25 @@ import numpy as np
 
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Malformed
-from tightship.formats.layouts.affine import Affine
-from tightship.formats.packings.compressed_tensors import unpack_quantized, unplain_quantized
+from tightship.validators import foreign_words
 from tightship.validators.integers import Piece, pieces_of
+from tightship.weights import Quantized
 
 INDEX = "model.safetensors.index.json"
-_PACKED = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_global_scale", "weight")
+_PACKED = (
+    "weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_global_scale", "weight",
+    "weight_scale_inv", "qweight", "qzeros", "scales", "g_idx",
+)  # fmt: skip
+_MARKS = ("weight_packed", "weight_scale", "weight_scale_inv", "qweight")
 
 
-class SafetensorsStored:
-    """See `stored.Stored`. `directory` holds one artifact, whole or in shards."""
+class SafetensorsFiles:
+    """The weights of one artifact, whole or in shards, under their on-disk names."""
 
-    def __init__(self, checkpoint: Checkpoint, directory: Path) -> None:
+    def __init__(self, directory: Path) -> None:
         from safetensors import safe_open
 
-        self.checkpoint = checkpoint
-        self.infos = checkpoint.infos()
+        self.directory = directory
         self.config = json.loads((directory / "config.json").read_text("utf-8"))
         self._files = {path.name: safe_open(path, "pt") for path in sorted(directory.glob("*.safetensors"))}
         self.places = {key: name for name, file in self._files.items() for key in file.keys()}  # noqa: SIM118
@@ -41,39 +51,32 @@ class SafetensorsStored:
             found[name] = (str(piece.get_dtype()), tuple(int(n) for n in piece.get_shape()))
         return found
 
-    def value(self, name: str, part: str = "") -> np.ndarray:
-        key = f"{name}{part}"
+    def weights(self) -> list[str]:
+        """Names of weights: `X.weight` for a quantized module X, other tensors as they are called."""
+        found = set()
+        for name in self.places:
+            module, _, suffix = name.rpartition(".")
+            marked = any(f"{module}.{mark}" in self.places for mark in _MARKS)
+            found.add(f"{module}.weight" if marked and suffix in _PACKED else name)
+        return sorted(found)
+
+    def decoded(self, key: str) -> np.ndarray:
+        """float32 of a weight as it lies on disk.
+
+        Raises:
+            Malformed: there is no such tensor, or config.json does not say how it is packed.
+        """
         tensors = self._tensors(key)
-        scheme = self._scheme(key)
-        if key in self.places and scheme is None:
-            found = np.asarray(tensors["weight"].float().numpy())
-        else:
-            found = _decompress(tensors, scheme, key)
-        info = self.infos.get(name)
-        return found.T if info is not None and info.rule.transposed else found
-
-    def changed(self, name: str, values: np.ndarray) -> np.ndarray:  # noqa: ARG002 - this container changes nothing
-        return values
-
-    def restored(self, name: str, values: np.ndarray) -> np.ndarray:  # noqa: ARG002 - this container changes nothing
-        return values
-
-    def integers(self, name: str, part: str = "") -> Iterator[Piece] | None:
-        key = f"{name}{part}"
-        scheme = self._scheme(key)
-        if scheme is None:
-            return None
-        weights = scheme["weights"]
-        arrays = {suffix: tensor.numpy() for suffix, tensor in self._tensors(key).items()}
-        layout = Affine(
-            bits=weights["num_bits"],
-            group_size=weights.get("group_size") or 0,
-            symmetric=weights["symmetric"],
-            scale_dtype="f32",
-        )
-        arrays["weight_scale"] = arrays["weight_scale"].astype(np.float32)
-        unpack = unpack_quantized if "weight_packed" in arrays else unplain_quantized
-        return pieces_of(layout, unpack(layout, arrays))
+        section = self.config.get("quantization_config") or {}
+        if not any(mark in tensors for mark in _MARKS):
+            return np.asarray(tensors["weight"].float().numpy())
+        if section.get("quant_method") == "fp8":
+            return _fine_grained(tensors, section["weight_block_size"])
+        if section.get("quant_method") in ("gptq", "awq"):
+            arrays = {suffix: tensor.numpy() for suffix, tensor in tensors.items()}
+            storage = section.get("checkpoint_format", section["quant_method"])
+            return foreign_words.values(storage, arrays, section["bits"], max(section["group_size"], 0))
+        return _decompress(tensors, self._scheme(key), key)
 
     def _tensors(self, key: str) -> dict[str, Any]:
         """Tensors of a weight by their suffix; `weight` where it is stored under its own name."""
@@ -89,8 +92,7 @@ class SafetensorsStored:
         from compressed_tensors.utils.match import match_name
 
         section = self.config.get("quantization_config")
-        packed = f"{key}_packed" in self.places or f"{key}_scale" in self.places
-        if not section or not packed:
+        if not section:
             return None
         module = key.removesuffix(".weight")
         if any(match_name(module, pattern) for pattern in section.get("ignore") or ()):
@@ -99,6 +101,42 @@ class SafetensorsStored:
             if any(target == "Linear" or match_name(module, target) for target in group["targets"]):
                 return {**group, "format": group.get("format") or section.get("format")}
         return None
+
+
+class SafetensorsStored(SafetensorsFiles):
+    """See `stored.Stored`."""
+
+    def __init__(self, checkpoint: Checkpoint, directory: Path) -> None:
+        super().__init__(directory)
+        self.checkpoint = checkpoint
+        self.infos = checkpoint.infos()
+
+    def value(self, name: str, part: str = "") -> np.ndarray:
+        found = self.decoded(f"{name}{part}")
+        info = self.infos.get(name)
+        return found.T if info is not None and info.rule.transposed else found
+
+    def changed(self, name: str, values: np.ndarray) -> np.ndarray:  # noqa: ARG002 - this container changes nothing
+        return values
+
+    def restored(self, name: str, values: np.ndarray) -> np.ndarray:  # noqa: ARG002 - this container changes nothing
+        return values
+
+    def integers(self, name: str, part: str = "") -> Iterator[Piece] | None:
+        weight = self._quantized.get(f"{name}{part}")
+        return pieces_of(weight.layout, weight.read()) if isinstance(weight, Quantized) else None
+
+    @functools.cached_property
+    def _quantized(self) -> Mapping[str, Any]:
+        """Quantized modules as our own reader understands the files."""
+        from tightship.formats.quantized import read_quantized
+        from tightship.formats.safetensors_file import read_header
+
+        section = self.config.get("quantization_config")
+        if not section:
+            return {}
+        headers = [read_header(self.directory / name) for name in self._files]
+        return read_quantized(section, {n: header.dense(n) for header in headers for n in header.entries})[0]
 
 
 def _decompress(tensors: Mapping[str, Any], scheme: Mapping[str, Any] | None, key: str) -> np.ndarray:
@@ -116,3 +154,15 @@ def _decompress(tensors: Mapping[str, Any], scheme: Mapping[str, Any] | None, ke
     fields = {k: v for k, v in scheme.items() if k in ("targets", "weights", "input_activations", "output_activations")}
     found = compressor.decompress(dict(tensors), QuantizationScheme(**fields))
     return np.asarray(found["weight"].float().numpy())
+
+
+def _fine_grained(tensors: Mapping[str, Any], tile: list[int]) -> np.ndarray:
+    """float32 of FP8 in tiles."""
+    codes, scales = tensors["weight"], tensors["weight_scale_inv"]
+    if codes.shape[0] % tile[0] or codes.shape[1] % tile[1]:  # transformers' reader knows whole tiles alone
+        wide = scales.repeat_interleave(tile[0], 0).repeat_interleave(tile[1], 1)
+        return np.asarray((codes.float() * wide[: codes.shape[0], : codes.shape[1]]).numpy())
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    found: Any = Fp8Dequantize(None).convert({"weight": codes, "weight_scale_inv": scales})["weight"]
+    return np.asarray(found.float().numpy())

@@ -13,6 +13,7 @@ from typing import Any
 
 from tightship.checkpoint import Checkpoint
 from tightship.formats.gguf_shards import file_names
+from tightship.formats.packings.modules import PACKINGS
 from tightship.report import Check, judge
 from tightship.target import Exported, TargetPlan, TensorPlan, sorted_files, total_bytes
 from tightship.validators.stored import Stored
@@ -98,17 +99,18 @@ def _tensors(checkpoint: Checkpoint, plan: TargetPlan, stored: Stored) -> Iterat
         if plan.target.container == "gguf" and not _fits(tensor, shape):
             yield tensor.name, f"{tensor.name} has shape {shape} in the file, expected {tensor.shape}"
     planned = {tensor.stored_as for tensor in plan.tensors}
+    stems = tuple({_stem(tensor) for tensor in plan.tensors})
     for name in found:
-        if name not in planned and not any(name.startswith(_stem(p)) for p in planned):
+        if name not in planned and not name.startswith(stems):
             yield name, f"the file holds {name}, which no plan lists"
     for name in checkpoint.infos():
         if name in checkpoint.weights and not _accounted(checkpoint, plan, name):
             yield name, f"{name} is not stored"
 
 
-def _stem(name: str) -> str:
-    """What all tensors of a packed module begin with."""
-    return name.removesuffix("packed") if name.endswith("_packed") else f"{name}\0"
+def _stem(tensor: TensorPlan) -> str:
+    """What all tensors of a quantized module begin with; nothing else begins with that of a plain tensor."""
+    return tensor.stored_as.rpartition(".")[0] + "." if tensor.storage in PACKINGS else f"{tensor.stored_as}\0"
 
 
 def _fits(tensor: TensorPlan, shape: tuple[int, ...]) -> bool:

@@ -69,7 +69,8 @@ def prove_values(
     for index, tensor in enumerate(plan.tensors):
         progress(f"values of {plan.target.id}", index, len(plan.tensors))
         if tensor.name not in checkpoint.weights:  # computed from the config (rotary factors): the graph proves it
-            tally.computed.append(tensor.name)
+            if not _compare_static(tally, checkpoint, tensor):
+                tally.computed.append(tensor.name)
             continue
         for part, weight in parts_of(checkpoint.resolve(tensor.name)):
             try:
@@ -137,6 +138,21 @@ def _compare(tally: _Tally, plan: TensorPlan, part: str, weight: Dense | Quantiz
         tally.digests[plan.name + part] = integers.digest(read_back)
         if tally.digests[plan.name + part] != integers.digest(integers.pieces_of(weight.layout, weight.read())):
             tally.moved.append(plan.name)
+
+
+def _compare_static(tally: _Tally, checkpoint: Checkpoint, plan: TensorPlan) -> bool:
+    """Compare a static scale or zero point of activations; False if the tensor is none."""
+    place, _, suffix = plan.name.rpartition(".")
+    known = checkpoint.activations.get(plan.name) or checkpoint.activations.get(place)
+    if known is None:
+        return False
+    expected = known.zero_point if suffix == "input_zero_point" else known.scale
+    found = tally.stored.value(plan.name).reshape(-1).tolist()
+    tally.elements += 1
+    if expected is None or found != [expected]:
+        tally.wrong += 1
+        tally.faults[plan.name] = (1, f"is {found}, and the activations were calibrated to {expected}")
+    return True
 
 
 def difference(expected: np.ndarray, found: np.ndarray) -> tuple[int, str, float]:

@@ -36,13 +36,17 @@ F16_MAX = 65504.0
 
 @dataclass(frozen=True, kw_only=True)
 class Affine(Layout):
-    """`int{bits}-g{group_size}[-asym]`; group_size 0 is one group a row (`-channel`)."""
+    """`int{bits}-g{group_size}[-asym]`; group_size 0 is one group a row (`-channel`).
+
+    `wide_offset` marks matrices of other tools, whose offsets -Z * S are not all float16.
+    """
 
     kind: ClassVar[str] = "affine"
     bits: int
     group_size: int = 32
     symmetric: bool = True
     scale_dtype: str = "f16"
+    wide_offset: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -116,6 +120,7 @@ class Affine(Layout):
             "group_size": self.group_size,
             "symmetric": self.symmetric,
             "scale_dtype": self.scale_dtype,
+            **({"wide_offset": True} if self.wide_offset else {}),
         }
 
     def _blocks(self, w: np.ndarray) -> np.ndarray:

@@ -26,17 +26,22 @@ FLOAT_TYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _TWINS = {(8, True): "Q8_0", (5, True): "Q5_0", (4, True): "Q4_0", (5, False): "Q5_1", (4, False): "Q4_1"}
+# The narrowest symmetric type that holds the differences code - zero point, by their bits.
+_HOLDERS = {2: "Q4_0", 3: "Q4_0", 4: "Q4_0", 5: "Q5_0", 6: "Q8_0", 7: "Q8_0", 8: "Q8_0"}
 
 
 def ggml_type_for(layout: Layout) -> str | None:
     """The GGML type that says every value of `layout`, or None.
 
     An affine layout fits where its groups are whole blocks of 32 (`-channel`: rows of whole blocks) and its scales are
-    float16; a longer group repeats its scale.
+    float16; a longer group repeats its scale. Widths that GGML lacks, and offsets that are no float16
+    (`wide_offset`, as AWQ has them), go into the next wider symmetric type: code - zero point, at the same scale.
     """
     if isinstance(layout, Affine):
-        fits = layout.group_size % 32 == 0 and layout.scale_dtype == "f16"
-        return _TWINS.get((layout.bits, layout.symmetric)) if fits else None
+        if layout.group_size % 32 or layout.scale_dtype != "f16":
+            return None
+        twin = None if layout.wide_offset else _TWINS.get((layout.bits, layout.symmetric))
+        return twin or _HOLDERS.get(layout.bits + (not layout.symmetric))
     name = layout.name.upper()
     return name if name in BLOCK_TYPES else None
 
@@ -129,6 +134,9 @@ def _as_blocks(arrays: Arrays, layout: Affine, type_name: str) -> Arrays:
     scale = np.repeat(arrays["scale"], repeats, axis=1)
     if layout.symmetric:
         return {"codes": arrays["codes"], "scale": scale}
+    if type_name in _HOLDERS.values():
+        zero = np.repeat(arrays["zero_point"], layout.group_size or cols, axis=1)
+        return {"codes": arrays["codes"] - zero, "scale": scale}
     steps = layout.lo - arrays["zero_point"].astype(np.float64)
     exact = np.repeat(steps * arrays["scale"].astype(np.float64), repeats, axis=1)
     with np.errstate(over="ignore"):

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from tightship.activations import Activations
 from tightship.architecture import Architecture, TensorInfo, architecture_for
 from tightship.checkpoint import Checkpoint, Source, check_tensors
 from tightship.errors import Malformed, Unsupported, UsageError
-from tightship.sidecars import Folder, read_config
+from tightship.sidecars import Folder, read_config, take_quantization
 from tightship.target import Progress, no_progress
-from tightship.weights import Alias, Dense, Weight
+from tightship.weights import Alias, Dense, Quantized, Weight
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]+)?")
 _CHUNK = 1 << 24
@@ -72,10 +73,12 @@ def open_directory(
 
     folder = Folder(path)
     config = read_config(folder)
+    section = take_quantization(config)
     architecture = architecture_for(config)
     architecture.check_supported(config)
     stored = read_weights(folder.names, folder.resolve)
-    weights = _tie(_known(stored.tensors, architecture, config), architecture, config)
+    tensors, activations = _decoded(section, stored.tensors)
+    weights = _tie(_known(tensors, architecture, config), architecture, config)
     files = folder.small_files()
     checkpoint = Checkpoint(
         name=name,
@@ -83,6 +86,7 @@ def open_directory(
         weights=weights,
         files=files,
         architecture=architecture,
+        activations=_placed(activations, architecture, config),
         source=Source(identity, commit, (), {n: folder.resolve(n) for n in ("config.json", *stored.files, *files)}),
     )
     check_tensors(checkpoint)
@@ -108,7 +112,31 @@ def _no_revision(path: Path, revision: str | None) -> None:
         raise UsageError(f"--revision {revision} is for hub ids; {path.name} is here on disk")
 
 
-def _known(tensors: Mapping[str, Dense], architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Weight]:
+def _decoded(
+    section: Mapping[str, Any] | None, tensors: Mapping[str, Dense]
+) -> tuple[Mapping[str, Any], Mapping[str, Activations]]:
+    """Tensors of a checkpoint that is quantized already as weights of this kind; those of a float one as they are."""
+    if section is None:
+        return tensors, {}
+    from tightship.formats.quantized import read_quantized
+
+    return read_quantized(section, tensors)
+
+
+def _placed(
+    activations: Mapping[str, Activations], architecture: Architecture, config: Mapping[str, Any]
+) -> dict[str, Activations]:
+    """Activations under the module names of the family's table."""
+    infos = architecture.lookup(config)
+    return {
+        table_name(f"{module}.weight", infos, architecture).removesuffix(".weight"): inputs
+        for module, inputs in activations.items()
+    }
+
+
+def _known(
+    tensors: Mapping[str, Dense | Quantized], architecture: Architecture, config: Mapping[str, Any]
+) -> dict[str, Weight]:
     """Tensors under the names of the family's table: variants mapped, buffers dropped, Conv1D turned.
 
     Raises:
@@ -141,8 +169,14 @@ def table_name(name: str, infos: Mapping[str, TensorInfo], architecture: Archite
     return name
 
 
-def _turned(weight: Dense) -> Dense:
-    """An (in, out) matrix as (out, in)."""
+def _turned(weight: Dense | Quantized) -> Dense:
+    """An (in, out) matrix as (out, in).
+
+    Raises:
+        Unsupported: it is quantized along the wrong axis.
+    """
+    if isinstance(weight, Quantized):
+        raise Unsupported("quantized matrices of a Conv1D are not read", hint="start from the original")
     return Dense(weight.shape[::-1], weight.dtype, lambda: np.ascontiguousarray(weight.read().T))
 
 
@@ -162,6 +196,12 @@ def _tie(weights: dict[str, Weight], architecture: Architecture, config: Mapping
                 f"config.json ties it to {owner}, but the two differ; runtimes disagree which one counts",
                 tensor=borrower,
                 hint="set tie_word_embeddings to false in config.json if both are meant, or delete one",
+            )
+        if isinstance(second, Quantized):
+            raise Malformed(
+                f"config.json ties it to {owner}, and it is quantized apart; runtimes disagree which one counts",
+                tensor=borrower,
+                hint="set tie_word_embeddings to false in config.json",
             )
         if first is None and second is not None:
             tied[owner] = second

@@ -84,8 +84,12 @@ def read_config(folder: Folder) -> dict[str, Any]:
     Raises:
         UsageError: there is none.
         Malformed: not a JSON object with unique keys.
-        Unsupported: the checkpoint is quantized already.
+        Unsupported: a model compiled for MLC.
     """
+    if "mlc-chat-config.json" in folder.names:
+        raise Unsupported(
+            "this is a model compiled for MLC, which is not read", hint="start from the original, or an AWQ of it"
+        )
     if "config.json" not in folder.names:
         raise UsageError(
             f"{folder.root.name} has no config.json", hint="the source is a directory saved by transformers"
@@ -93,14 +97,20 @@ def read_config(folder: Folder) -> dict[str, Any]:
     config = strict_json(folder.read("config.json", MAX_CONFIG), "config.json")
     if not isinstance(config, dict):
         raise Malformed("config.json is not a JSON object")
-    quantization = config.get("quantization_config") or config.get("compression_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise Unsupported(
-            f"the checkpoint is already quantized (quant_method {method!r}); only float checkpoints are opened",
-            hint="start from the original, or give a GGUF file",
-        )
     return scrubbed(config)
+
+
+def take_quantization(config: dict[str, Any]) -> Mapping[str, Any] | None:
+    """The quantization section, taken out of the config; None for float checkpoints.
+
+    Raises:
+        Malformed: it is not a JSON object.
+    """
+    found = [config.pop(key, None) for key in ("quantization_config", "compression_config")]
+    section = next((value for value in found if value), None)
+    if section is not None and not isinstance(section, dict):
+        raise Malformed("quantization_config of config.json is not a JSON object")
+    return section
 
 
 def scrubbed(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,10 @@ AUTO_CLASSES = {
     "ForImageClassification": "AutoModelForImageClassification",
 }
 # quant_method -> the package that transformers needs to load it.
-PACKAGES = {"compressed-tensors": "compressed_tensors", "gptq": "gptqmodel", "awq": "gptqmodel", "torchao": "torchao"}
+PACKAGES = {"compressed-tensors": "compressed_tensors", "torchao": "torchao"}
+# quant_method -> what decodes it here, where transformers' own loader wants a GPU, or a package that is not installed.
+# Names, config.json and the class are transformers' all the same.
+DECODED = {"gptq": "onnxruntime-genai", "awq": "onnxruntime-genai", "fp8": "transformers' FP8 code"}
 # Static scales of activations and caches: of no use where transformers decodes the weights on loading. Loaded as
 # shipped, they must find their place.
 _DROPPED = (".input_scale", ".input_zero_point", ".input_global_scale", ".k_scale", ".v_scale")
@@ -63,7 +66,9 @@ def run(job: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[dict[str, A
                 _outputs(model, inputs)
             rows.append(_outputs(model, inputs))
     joined = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]} if rows else {}
-    return {"class": type(model).__name__, "dtype": str(model.dtype), "version": _version()}, joined
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    decoder = {"decoder": DECODED[method]} if method in DECODED else {}
+    return {"class": type(model).__name__, "dtype": str(model.dtype), "version": _version(), **decoder}, joined
 
 
 def load(directory: Path, config: dict[str, Any], mode: str) -> PreTrainedModel:
@@ -75,6 +80,8 @@ def load(directory: Path, config: dict[str, Any], mode: str) -> PreTrainedModel:
     quantization = config.get("quantization_config")
     narrow = mode == "shipped" or (mode == "mapped" and not quantization)
     options: dict[str, Any] = {"dtype": "auto" if narrow else torch.float32}
+    if quantization and quantization["quant_method"] in DECODED:
+        return _from_decoded(directory, config, options["dtype"])
     if quantization and quantization["quant_method"] == "compressed-tensors" and _dequantize(quantization, mode):
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     auto = getattr(transformers, auto_class(config))
@@ -89,6 +96,26 @@ def load(directory: Path, config: dict[str, Any], mode: str) -> PreTrainedModel:
     )
     check_loading(info, dropped=_DROPPED if "quantization_config" in options else ())
     return widened_in_use(model.eval()) if mode == "mapped" and narrow else model.eval()
+
+
+def _from_decoded(directory: Path, config: dict[str, Any], dtype: Any) -> PreTrainedModel:
+    """The class of config.json with weights that `DECODED` decoded; every tensor accounted for, as in `load`."""
+    import torch
+    import transformers
+
+    from tightship.validators.stored_safetensors import SafetensorsFiles
+
+    files = SafetensorsFiles(directory)
+    settings = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    del settings.quantization_config
+    state = {name: torch.from_numpy(np.ascontiguousarray(files.decoded(name))) for name in files.weights()}
+    auto = getattr(transformers, auto_class(config))
+    model, info = getattr(transformers, (config.get("architectures") or [auto.__name__])[0], auto).from_pretrained(
+        None, config=settings, state_dict=state, attn_implementation="eager", output_loading_info=True,
+        dtype=settings.dtype if dtype == "auto" else dtype,
+    )  # fmt: skip
+    check_loading(info)
+    return model.eval()
 
 
 def widened_in_use(model: PreTrainedModel) -> PreTrainedModel:
@@ -153,6 +180,8 @@ def check_loading(info: dict[str, Any], *, dropped: tuple[str, ...] = ()) -> Non
 
 
 def _require_package(method: str) -> None:
+    if method in DECODED:
+        return
     package = PACKAGES.get(method)
     if package is None:
         raise Unsupported(f"no client here loads quant_method {method!r}; known: {', '.join(PACKAGES)}")

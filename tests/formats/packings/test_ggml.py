@@ -126,7 +126,7 @@ def test_q3_k_block_by_hand() -> None:
         ("int5-g64-asym", "Q5_1"),
         ("q4_1", "Q4_1"),
         ("int8-asym", None),
-        ("int3", None),
+        ("int3", "Q4_0"),
         ("int4-g16", None),
     ],
 )
