@@ -92,9 +92,9 @@ def execute(
         job["want"] = "decode"
     elif run.module in ("llama_cpp", "genai"):
         job["decode"] = _STEPS  # the last positions come from single steps through the cache
-    arrays = {"input_ids": windows.ids[rows]}
-    if run.module != "genai":
-        arrays["attention_mask"] = windows.mask[rows]
+    arrays = windows.feeds(rows)
+    if run.module == "genai":  # it makes the mask itself
+        del arrays["attention_mask"]
     about, outputs = run_child(run.module, job, arrays, limits=limits)
     return outputs, about
 

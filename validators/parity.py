@@ -22,7 +22,14 @@ import numpy as np
 from tightship.checkpoint import Checkpoint, digest_json
 from tightship.errors import Unsupported
 from tightship.exporters.onnx_assemble import write_graph
-from tightship.exporters.onnx_candidates.skeleton import DECODER_TASKS, Candidate, Choice, Judgement, outputs_of
+from tightship.exporters.onnx_candidates.skeleton import (
+    DECODER_TASKS,
+    IMAGES,
+    Candidate,
+    Choice,
+    Judgement,
+    outputs_of,
+)
 from tightship.exporters.onnx_storage import Style
 from tightship.modelview import ModelView
 from tightship.validators.parity_model import small_checkpoint
@@ -44,7 +51,7 @@ class Case:
     Attributes:
         name: for the report.
         arrays: `input_ids` (b, s), `attention_mask` (b, s), `position_ids` (b, s), `token_type_ids` (b, s),
-            `global_attention_mask` (b, s), int64.
+            `global_attention_mask` (b, s), int64; or `pixel_values` (b, channels, height, width), float32.
         prefill: tokens before decoding one by one; 0 for a single pass.
     """
 
@@ -149,7 +156,7 @@ def measure(path: Path, expected: Sequence[Reference]) -> list[tuple[str, float]
         graph = Graph(open_session(path, mode))
         for case, outputs in expected:
             got = graph.decode(case.arrays, case.prefill) if case.prefill else graph.outputs(case.arrays)
-            kept = case.arrays["attention_mask"].astype(bool)
+            kept = case.arrays["attention_mask"].astype(bool) if "attention_mask" in case.arrays else np.ones(0, bool)
             for name, value in outputs.items():
                 if name not in got:
                     raise Unsupported(f"the graph gives no {name}")
@@ -190,6 +197,8 @@ def _output(out: Any, name: str) -> np.ndarray:
 def cases_for(small: Checkpoint, *, decoder: bool) -> list[Case]:
     """See the module docstring; the longest prompt is longer than the window and rope's original context."""
     hyper = small.hyper
+    if small.architecture.task == IMAGES:
+        return image_cases(hyper)
     longest = min(40, int(hyper.get("context", 40)) - 4)
     rng = np.random.default_rng(1)
 
@@ -220,6 +229,17 @@ def cases_for(small: Checkpoint, *, decoder: bool) -> list[Case]:
             case("decode after left padding", [12, 8], left=True, prefill=9),
         ]
     return found
+
+
+def image_cases(hyper: Mapping[str, Any]) -> list[Case]:
+    """One image, and a batch: all that can vary."""
+    shape = (int(hyper["channels"]), int(hyper["image"]), int(hyper["image"]))
+    rng = np.random.default_rng(1)
+    batches = {"one image": 1, "batch": 3}
+    return [
+        Case(name, {"pixel_values": rng.standard_normal((count, *shape)).astype(np.float32)})
+        for name, count in batches.items()
+    ]
 
 
 def relative_l2(got: np.ndarray, expected: np.ndarray) -> float:

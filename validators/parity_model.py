@@ -82,6 +82,8 @@ def small_config(real: Checkpoint) -> dict[str, Any]:
         "vocab": VOCABULARY,
         "context": CONTEXT,
     }
+    if "image" in hyper:  # few patches of the real size
+        sizes["image"] = 2 * int(hyper["patch"])
     for name, size in sizes.items():
         _set(config, keys.get(name), size)
     for key in ("word_embed_proj_dim",):  # OPT repeats hidden

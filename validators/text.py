@@ -22,6 +22,7 @@ from tightship.texts import codec_of, generated_windows, read_documents, token_w
 
 Origin = Literal["file", "shipped", "self", "random"]
 
+_PIXEL_AXES = 4
 WINDOWS = 8
 LENGTH = 128
 _HIDE_EVERY = 7
@@ -38,7 +39,7 @@ class TextWindows:
     """Token windows of one length.
 
     Attributes:
-        ids: (n, length) int64, what the models see.
+        ids: (n, length) int64, what the models see; or images (n, channels, height, width) float32, length 1.
         mask: (n, length) int64, 1 where a token is real and 0 where it pads on the right.
         origin: where the tokens come from.
         targets: (n, length) int64, the token to be predicted at each position, -1 where there is none.
@@ -52,6 +53,12 @@ class TextWindows:
     targets: np.ndarray = field(repr=False)
     scored: np.ndarray = field(repr=False)
 
+    def feeds(self, rows: slice) -> dict[str, np.ndarray]:
+        """The named inputs of some windows, as runtimes take them."""
+        if self.ids.ndim == _PIXEL_AXES:
+            return {"pixel_values": self.ids[rows]}
+        return {"input_ids": self.ids[rows], "attention_mask": self.mask[rows]}
+
     @property
     def shipped(self) -> bool:
         return self.origin == "shipped"
@@ -64,6 +71,8 @@ class TextWindows:
     @property
     def note(self) -> str:
         """One phrase for the report."""
+        if self.ids.ndim == _PIXEL_AXES:
+            return f"{len(self.ids)} images of random pixels"
         return f"{int(self.mask.sum())} tokens in {len(self.ids)} windows, {_ORIGINS[self.origin]}"
 
 
@@ -91,6 +100,8 @@ def proof_windows(
         Unsupported: a text file is given, and the checkpoint has no tokenizer.
     """
     checkpoint = view.checkpoint
+    if checkpoint.architecture.task == "image-classification":
+        return random_images(checkpoint, windows=windows, seed=seed)
     length = min(length, int(checkpoint.hyper.get("context", length)))
     decoder = checkpoint.architecture.task == "text-generation"
     if text is not None:
@@ -119,6 +130,15 @@ def random_windows(
     length = min(length, int(checkpoint.hyper.get("context", length)))
     ids = np.random.default_rng(seed).integers(0, int(checkpoint.hyper["vocab"]), (windows, length))
     return _windows(checkpoint, list(ids), "random")
+
+
+def random_images(checkpoint: Checkpoint, *, windows: int = WINDOWS, seed: int = 0) -> TextWindows:
+    """Images of normal noise, normalized as processors leave theirs."""
+    hyper = checkpoint.hyper
+    shape = (windows, int(hyper["channels"]), int(hyper["image"]), int(hyper["image"]))
+    pixels = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    single = np.ones((windows, 1), np.int64)
+    return TextWindows(pixels, single, "random", -single, single == 1)
 
 
 def next_tokens(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ class Sight:
     """What queries see and where they stand.
 
     Attributes:
-        mask: float, added to the scores.
+        mask: float, added to the scores; None where everything is seen.
         turn: (cos, sin, rotated width or 0), or None without rotation.
         cached: whether keys and values of the past come in.
         chosen: (batch, sequence) bool, global tokens, or None.
@@ -29,7 +29,7 @@ class Sight:
         rows: (sequence, sequence) rows of a table of distances, or None.
     """
 
-    mask: ir.Value
+    mask: ir.Value | None
     turn: Turn | None = None
     cached: bool = False
     chosen: ir.Value | None = None
@@ -63,7 +63,7 @@ def attention(net: Network, block: int, x: ir.Value, sight: Sight) -> ir.Value:
     return net.linear(net.shaped(y, (BATCH, SEQUENCE, heads * size)), block, "attn_output")
 
 
-def plain(net: Network, block: int, parts: Parts, mask: ir.Value, past: Sequence[ir.Value]) -> ir.Value:
+def plain(net: Network, block: int, parts: Parts, mask: ir.Value | None, past: Sequence[ir.Value]) -> ir.Value:
     """The Attention operator, soft cap and cache included."""
     attributes: dict[str, Any] = {"q_num_heads": parts.heads, "kv_num_heads": parts.kv_heads, "scale": parts.scale}
     if net.option("attn_logit_softcapping"):
@@ -75,7 +75,7 @@ def plain(net: Network, block: int, parts: Parts, mask: ir.Value, past: Sequence
     return y
 
 
-def with_sinks(net: Network, block: int, parts: Parts, mask: ir.Value, past: Sequence[ir.Value]) -> ir.Value:
+def with_sinks(net: Network, block: int, parts: Parts, mask: ir.Value | None, past: Sequence[ir.Value]) -> ir.Value:
     """Attention to one key more, whose score is a parameter of the head and whose value is zero (gpt-oss)."""
     query = net.heads_first(parts.query, parts.heads)
     new = [net.heads_first(y, parts.kv_heads) for y in (parts.key, parts.value)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tightship.architecture import Architecture
@@ -105,8 +105,8 @@ def _export(module: Any, architecture: Architecture) -> ir.Model:
 
     decoder = architecture.task in DECODER_TASKS
     heads = cache_heads(module) if decoder else []
-    wrapper = _decoder(module) if decoder else _encoder(module, outputs_of(architecture))
     arguments, names, axes = _inputs(module, architecture.task, heads)
+    wrapper = _decoder(module) if decoder else _encoder(module, names, outputs_of(architecture))
     cache = [f"{i}.{part}" for i in range(len(heads)) for part in ("key", "value")]
     outputs = [*outputs_of(architecture), *(f"present.{name}" for name in cache)]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), quiet("torch"):
@@ -179,7 +179,7 @@ def _decoder(module: Any) -> Any:
     return Decoder()
 
 
-def _encoder(module: Any, outputs: tuple[str, ...]) -> Any:
+def _encoder(module: Any, names: Sequence[str], outputs: tuple[str, ...]) -> Any:
     import torch
 
     class Encoder(torch.nn.Module):
@@ -187,10 +187,9 @@ def _encoder(module: Any, outputs: tuple[str, ...]) -> Any:
             super().__init__()
             self.model = module
 
-        def forward(self, input_ids: Any, attention_mask: Any, token_type_ids: Any = None) -> Any:
-            types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        def forward(self, *given: Any) -> Any:
             both = "logits" in outputs and "last_hidden_state" in outputs
-            out = self.model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=both, **types)
+            out = self.model(**dict(zip(names, given, strict=True)), output_hidden_states=both)
             return tuple(out[name] if name in out else out.hidden_states[-1] for name in outputs)
 
     return Encoder()

@@ -19,7 +19,8 @@ from tightship.exporters.onnx_candidates.encoder import encoder
 from tightship.exporters.onnx_candidates.families import FAMILIES
 from tightship.exporters.onnx_candidates.graph_edits import OPSET
 from tightship.exporters.onnx_candidates.network import Network
-from tightship.exporters.onnx_candidates.skeleton import DECODER_TASKS, Skeleton, outputs_of
+from tightship.exporters.onnx_candidates.skeleton import DECODER_TASKS, IMAGES, Skeleton, outputs_of
+from tightship.exporters.onnx_candidates.vision import vision
 
 
 class DirectCandidate:
@@ -39,5 +40,6 @@ class DirectCandidate:
             if config.get(key, value) != value:
                 raise Unsupported(f"{architecture.family} with {key} = {config[key]!r} is not written down here")
         net = Network(config, architecture, shapes, family)
-        (encoder if family.encoder else decoder)(net)
+        writer = vision if architecture.task == IMAGES else encoder if family.encoder else decoder
+        writer(net)
         return net.skeleton()

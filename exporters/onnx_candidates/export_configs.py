@@ -11,11 +11,11 @@ from typing import Any
 
 from optimum.exporters.base import ExporterConfig
 from optimum.exporters.tasks import TasksManager
-from optimum.utils import NormalizedTextConfig
-from optimum.utils.input_generators import DummyInputGenerator, DummyTextInputGenerator
+from optimum.utils import NormalizedTextConfig, NormalizedVisionConfig
+from optimum.utils.input_generators import DummyInputGenerator, DummyTextInputGenerator, DummyVisionInputGenerator
 
 from tightship.architecture import all_architectures
-from tightship.exporters.onnx_candidates.skeleton import BATCH, DECODER_TASKS, HEADS, PAST, SEQUENCE, TOTAL
+from tightship.exporters.onnx_candidates.skeleton import BATCH, DECODER_TASKS, HEADS, IMAGES, PAST, SEQUENCE, TOTAL
 
 BACKEND = "tightship"
 # No size may be 0 or 1 while tracing: torch.export would take it for a constant.
@@ -98,6 +98,18 @@ class EncoderExportConfig(ExporterConfig):
         return {name: {0: BATCH, 1: SEQUENCE} for name in names}
 
 
+class ImageExportConfig(ExporterConfig):
+    """A classifier of images; height and width are those of the position table."""
+
+    NORMALIZED_CONFIG_CLASS = NormalizedVisionConfig
+    DUMMY_INPUT_GENERATOR_CLASSES = (DummyVisionInputGenerator,)
+
+    @property
+    def inputs(self) -> dict[str, Axes]:
+        """Axes of each input."""
+        return {"pixel_values": {0: BATCH}}
+
+
 @functools.cache
 def register_configs() -> None:
     """Tell optimum's TasksManager about every model type and task of the architecture data."""
@@ -106,6 +118,8 @@ def register_configs() -> None:
         for model_type in architecture.model_types:
             if architecture.task in DECODER_TASKS:
                 register(model_type, architecture.task)(DecoderExportConfig)
+            elif architecture.task == IMAGES:
+                register(model_type, architecture.task)(ImageExportConfig)
             elif architecture.task in HEADS:
                 register(model_type, architecture.task)(EncoderExportConfig)
 

@@ -154,4 +154,5 @@ FAMILIES = {
     "deberta_v2": replace(_ENCODER, pooled="Gelu"),
     "nomic_bert": _ENCODER,
     "modernbert": _ENCODER,
+    "vit": _ENCODER,
 }

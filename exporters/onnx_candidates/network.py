@@ -131,6 +131,11 @@ class Network(GraphBuilder):
         """A parameter as it is stored."""
         return self._stored(self._name(block, role, "weight"))
 
+    def parameters(self, block: int | None, role: str) -> list[ir.Value]:
+        """Weight and, where there is one, bias as they are stored."""
+        bias = self._names[block, role, None].get("bias")
+        return [self.parameter(block, role), *([] if bias is None else [self._stored(bias)])]
+
     def stacked(self, x: ir.Value, block: int, role: str, expert: int) -> ir.Value:
         """x times one matrix of a stack, oriented as `Family.stacked` says, plus its bias."""
         rows = (expert, expert + 1)

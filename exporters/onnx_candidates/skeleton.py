@@ -7,6 +7,7 @@
 | position_ids                     | int64 | (batch_size, sequence_length)                          |
 | token_type_ids (encoders)        | int64 | (batch_size, sequence_length)                          |
 | global_attention_mask            | int64 | (batch_size, sequence_length), Longformer              |
+| pixel_values                     | float | (batch_size, channels, height, width)                  |
 | past_key_values.{i}.key, .value  | float | (batch_size, kv_heads, past_sequence_length, head_dim) |
 
 | graph output                     | tasks                          | shape                                           |
@@ -15,6 +16,7 @@
 | present.{i}.key, .value          | text-generation                | (batch_size, kv_heads, total, head_dim)         |
 | last_hidden_state                | feature-extraction, fill-mask  | (batch_size, sequence_length, hidden)           |
 | logits                           | text-, token-classification    | (batch_size[, sequence_length], labels)         |
+| logits                           | image-classification           | (batch_size, labels)                            |
 | start_logits, end_logits         | question-answering             | (batch_size, sequence_length)                   |
 """
 
@@ -33,12 +35,14 @@ if TYPE_CHECKING:
 
 BATCH, SEQUENCE, TOTAL, PAST = "batch_size", "sequence_length", "total_sequence_length", "past_sequence_length"
 DECODER_TASKS = ("text-generation",)
+IMAGES = "image-classification"
 HEADS = {
     "fill-mask": ("logits", "last_hidden_state"),
     "feature-extraction": ("last_hidden_state",),
     "text-classification": ("logits",),
     "token-classification": ("logits",),
     "question-answering": ("start_logits", "end_logits"),
+    IMAGES: ("logits",),
 }
 
 

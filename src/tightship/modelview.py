@@ -40,6 +40,7 @@ _CONFIG_KEYS_LEFT_OUT = frozenset(
     }
 )
 _ROWS_AT_ONCE = 8
+_PIXEL_AXES = 4
 
 
 class ModelView:
@@ -96,6 +97,8 @@ class ModelView:
     ) -> dict[str, np.ndarray]:
         """Run the model on `input_ids` (batch, sequence) int64, a few rows at a time.
 
+        Models of images take `pixel_values` (batch, channels, height, width) float32 in their place, and nothing else.
+
         Returns float32 arrays: `logits` (batch, sequence, vocabulary), or (batch, labels) for classifiers, and
         `last_hidden_state` (batch, sequence, hidden) for encoders; masked language models give both.
         """
@@ -104,6 +107,8 @@ class ModelView:
         module = self.module()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         given = {k: torch.from_numpy(np.asarray(v, np.int64)) for k, v in inputs.items() if v is not None}
+        if input_ids.ndim == _PIXEL_AXES:
+            given = {"pixel_values": torch.from_numpy(np.asarray(input_ids, np.float32))}
         parts: dict[str, list[np.ndarray]] = {}
         with self.computing():
             if not self._warm:

@@ -1,4 +1,4 @@
-"""The models of docs/onnx-models.md: each through the parity check, and the page against the data."""
+"""Each model of docs/onnx-models.md through the parity check, some through 64 steps; the page against the data."""
 
 from __future__ import annotations
 
@@ -8,13 +8,24 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
 
+from tightship.exporters.onnx_candidates.direct import DirectCandidate
+from tightship.modelview import ModelView
+from tightship.validators import parity, parity_model
 from tightship.validators.parity import ParityJudge
+from tightship.validators.runtimes.onnx_runtime import Graph, open_session
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 1e-5
-DECODER_CASES, ENCODER_CASES = 8, 4
+CASES = {"text-generation": 8, "image-classification": 2}
+TEXT_CASES = 4
+STEPS, PROMPT = 64, 6
+LENGTHS = {"one": [6], "left": [6, 4, 5, 2], "right": [6, 4, 5, 2]}  # of the prompts
+STEPPED = ("MistralForCausalLM", "Gemma3ForCausalLM", "GPT2LMHeadModel", "BloomForCausalLM", "MptForCausalLM")
+STEPPED += ("MixtralForCausalLM", "GptOssForCausalLM")
 
 
 def load_tool() -> ModuleType:
@@ -42,7 +53,7 @@ def test_the_graph_computes_the_model(model: object, judge: ParityJudge) -> None
     used = choice.judgements[-1]
     assert used.passed, used.reason
     assert 0 < used.margin <= LIMIT
-    expected = DECODER_CASES if TOOL.outline(model).architecture.task == "text-generation" else ENCODER_CASES
+    expected = CASES.get(TOOL.outline(model).architecture.task, TEXT_CASES)
     modes = {case.split(" ")[0] for case, _ in used.cases}
     assert modes == {"graph", "shipped"}
     assert len({case.rsplit(" ", 1)[0] for case, _ in used.cases}) == 2 * expected
@@ -61,3 +72,34 @@ def test_forty_model_types_and_the_ones_that_others_get_wrong() -> None:
     types = {model.model_type for model in MODELS}
     assert len(types) >= 40
     assert {"mistral", "gemma3_text", "opt", "bloom", "falcon", "distilbert", "longformer", "mixtral"} <= types
+
+
+def padded(lengths: list[int], *, left: bool) -> dict[str, np.ndarray]:
+    """Prompts padded to PROMPT, then STEPS tokens for every row; positions count real tokens."""
+    mask = np.ones((len(lengths), PROMPT + STEPS), np.int64)
+    for row, length in enumerate(lengths):
+        mask[row, slice(0, PROMPT - length) if left else slice(length, PROMPT)] = 0
+    ids = np.random.default_rng(2).integers(5, parity_model.VOCABULARY, mask.shape)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": np.maximum(mask.cumsum(axis=1) - 1, 0)}
+
+
+@pytest.mark.parametrize("kind", STEPPED)
+def test_64_steps_through_the_cache_are_one_pass(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(parity_model, "CONTEXT", 2 * STEPS)
+    model = next(m for m in MODELS if m.kind == kind)
+    small = parity_model.small_checkpoint(TOOL.outline(model))
+    parity.write_candidate(DirectCandidate(), small, tmp_path)
+    view = ModelView(small)
+    module = view.module()
+    for mode in parity.MODES:
+        graph = Graph(open_session(tmp_path / "model.onnx", mode))
+        for name, lengths in LENGTHS.items():
+            arrays = padded(lengths, left=name == "left")
+            with view.computing():
+                given = {k: torch.from_numpy(v) for k, v in arrays.items()}
+                if kind in ("BloomForCausalLM", "MptForCausalLM"):
+                    del given["position_ids"]
+                expected = module(**given, use_cache=False).logits.numpy()
+            got = graph.decode(arrays, PROMPT)["logits"]
+            kept = arrays["attention_mask"].astype(bool)
+            assert parity.relative_l2(got[kept], expected[kept]) <= 1e-5, (mode, name)

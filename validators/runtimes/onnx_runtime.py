@@ -13,7 +13,7 @@ Job: `artifact` (directory), `main` (file name), `mode`, `threads`, `want`:
 | decode  | a prefill of `prefill` tokens (default half), then one token at a time through the KV cache               |
 
 Arrays in: `input_ids` (b, s) int64, optional `attention_mask`, `position_ids`, `token_type_ids` and
-`global_attention_mask` of the same shape.
+`global_attention_mask` of the same shape; or `pixel_values` (b, channels, height, width) float32.
 Position ids default to the count of unmasked tokens before each token. Arrays out: those of the graph's `logits`,
 `last_hidden_state`, `start_logits` and `end_logits` that there are, float32.
 """
@@ -59,7 +59,7 @@ def run(job: dict[str, Any], arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
     mapped = bool(job.get("mapped"))
     graph = Graph(open_session(path, str(job.get("mode", "graph")), int(job.get("threads", 1)), mapped=mapped))
     parts: dict[str, list[np.ndarray]] = {}
-    for start in range(0, len(arrays["input_ids"]), _ROWS_AT_ONCE):
+    for start in range(0, len(next(iter(arrays.values()))), _ROWS_AT_ONCE):
         rows = {key: array[start : start + _ROWS_AT_ONCE] for key, array in arrays.items()}
         if job.get("want", "outputs") == "decode":
             found = graph.decode(rows, int(job.get("prefill") or max(rows["input_ids"].shape[1] // 2, 1)))
@@ -133,7 +133,7 @@ class Graph:
     def outputs(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
         """One pass, past empty."""
         given = self._complete(arrays)
-        return self._step(given, self.empty_past(len(given["input_ids"])))[0]
+        return self._step(given, self.empty_past(len(next(iter(given.values())))))[0]
 
     def decode(self, arrays: Mapping[str, np.ndarray], prefill: int) -> Arrays:
         """`prefill` tokens at once, the rest one by one; outputs joined to the shape of one pass."""
@@ -184,6 +184,8 @@ class Graph:
         return found
 
     def _complete(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
+        if "pixel_values" in arrays:
+            return {"pixel_values": arrays["pixel_values"]}
         ids = arrays["input_ids"].astype(np.int64)
         mask = arrays.get("attention_mask", np.ones_like(ids)).astype(np.int64)
         positions = arrays.get("position_ids", np.maximum(mask.cumsum(axis=1) - 1, 0)).astype(np.int64)
