@@ -9,6 +9,7 @@ from tightship.activations import Activations
 from tightship.errors import Unsupported
 from tightship.exporters.onnx_storage import Style, by_channel, dense_initializer, operand_initializers
 from tightship.exporters.onnx_units import Unit, Use
+from tightship.formats.layouts.codebook import Codebook
 from tightship.formats.onnx_writer import Initializer
 from tightship.formats.packings import matmul_nbits
 from tightship.formats.packings.matmul_nbits import NBits
@@ -18,7 +19,7 @@ from tightship.weights import Dense, Factored, Quantized, Stored
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_FLOAT = 1
+_FLOAT, _INT32 = 1, 6
 
 
 class Emitter:
@@ -109,6 +110,10 @@ class Emitter:
         self, x: ir.Value, name: str, weight: Quantized, nodes: list[ir.Node], *, table: bool
     ) -> ir.Value:
         operands = self._operands(name, weight, table=table)
+        if isinstance(weight.layout, Codebook):
+            index = self._append(nodes, "Cast", [operands["codes"]], {"to": _INT32})
+            dense = self._append(nodes, "Gather", [operands["table"], index], {"axis": 0})
+            return self._append(nodes, "MatMul", [x, dense])
         if by_channel(weight, self.style) and not table:
             dense = self._append(nodes, "DequantizeLinear", list(operands.values()), {"axis": 1})
             return self._append(nodes, "MatMul", [self._rounded(x, name), dense])

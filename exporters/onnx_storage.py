@@ -6,6 +6,7 @@
 | Quantized, affine           | MatMul  | com.microsoft.MatMulNBits, or DequantizeLinear and MatMul  | MatMulNBits 4   |
 | Quantized with free minimum | MatMul  | MatMulNBits, plus block sums of the input times the minima | MatMulNBits 4   |
 | Quantized, affine           | Gather  | GatherBlockQuantized, or Gathers and DequantizeLinear      | as named        |
+| Quantized, codebook         | MatMul  | Cast, Gather from the table, MatMul                       | Gather UINT4    |
 | Factored                    | MatMul  | MatMul by the right factor, then by the left               | of the factors  |
 | Sum                         | MatMul  | base plus residual                                        | of the parts    |
 
@@ -24,8 +25,9 @@ import numpy as np
 from tightship.dtypes import BY_NUMPY, DType
 from tightship.dtypes import dtype as dtype_of
 from tightship.errors import Unsupported
+from tightship.formats.layouts.codebook import Codebook
 from tightship.formats.onnx_writer import Initializer, packed_nbytes
-from tightship.formats.packings import matmul_nbits, onnx_blocked
+from tightship.formats.packings import matmul_nbits, onnx_blocked, onnx_codebook
 from tightship.formats.packings.matmul_nbits import NBits
 from tightship.layout import Arrays
 from tightship.target import Exact, Refused
@@ -69,6 +71,8 @@ def storage(weight: Stored, style: Style, *, table: bool = False) -> Exact | Ref
     if isinstance(weight, Dense):
         stored = stored_dtype(weight)
         return Exact(_ONNX_WORDS.get(stored.onnx or 0, stored.name), math.prod(weight.shape) * stored.itemsize)
+    if isinstance(weight, Quantized) and isinstance(weight.layout, Codebook):
+        return _codebook_storage(weight.layout, weight.shape, table=table)
     if isinstance(weight, Quantized):
         return _quantized_storage(weight, style, table=table)
     if table:
@@ -88,6 +92,13 @@ def by_channel(weight: Quantized, style: Style) -> bool:
     layout = weight.layout
     fits = layout.kind == "affine" and layout.bits == 8 and layout.symmetric  # type: ignore[attr-defined]
     return style.integers and fits and layout.block == 0
+
+
+def _codebook_storage(layout: Codebook, shape: tuple[int, int], *, table: bool) -> Exact | Refused:
+    if table:
+        return Refused("a codebook has no lookup in ONNX", ("int4-g32", "int8-g32"))
+    shapes = onnx_codebook.codebook_shapes(layout, *shape).values()
+    return Exact(f"Gather UINT4, {layout.size} values", sum(_packed_bytes(*entry) for entry in shapes))
 
 
 def _quantized_storage(weight: Quantized, style: Style, *, table: bool) -> Exact | Refused:
@@ -166,6 +177,9 @@ def operand_initializers(name: str, weight: Quantized, style: Style, *, table: b
     if isinstance(answer, Refused):
         raise Unsupported(f"ONNX cannot store this: {answer.reason}", tensor=name, hint=", ".join(answer.nearest))
     rows, cols = weight.shape
+    if isinstance(weight.layout, Codebook):
+        shapes = onnx_codebook.codebook_shapes(weight.layout, rows, cols)
+        return _packed_once(name, shapes, lambda: onnx_codebook.pack_codebook(weight.read()))
     if by_channel(weight, style) and not table:
         shapes = onnx_blocked.channel_shapes(rows, cols)
         return _packed_once(name, shapes, lambda: onnx_blocked.pack_channels(weight.read()))

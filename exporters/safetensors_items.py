@@ -87,9 +87,11 @@ def items(checkpoint: Checkpoint, method: str = COMPRESSED) -> list[Item]:
     _check_activations(checkpoint, method)
     infos = checkpoint.infos()
     found = []
-    for name, weight in checkpoint.weights.items():
-        if isinstance(weight, Alias):
-            continue
+    borrowers = {borrower for borrower, _ in checkpoint.architecture.ties}
+    for name in checkpoint.weights:
+        if name in borrowers and isinstance(checkpoint.weights[name], Alias):
+            continue  # transformers ties it by itself; what blocks share it does not know, so each gets a copy
+        weight = checkpoint.resolve(name)
         inputs = checkpoint.activations.get(module(name))
         answer = storage(weight, method, inputs.scheme if inputs else None)
         if isinstance(answer, Refused):
@@ -205,7 +207,8 @@ def _check_module(checkpoint: Checkpoint, name: str, info: TensorInfo | None) ->
             tensor=name,
             hint="leave embeddings out of include",
         )
-    borrowers = [n for n, w in checkpoint.weights.items() if isinstance(w, Alias) and w.owner == name]
+    tied = dict(checkpoint.architecture.ties)
+    borrowers = [n for n in tied if isinstance(checkpoint.weights.get(n), Alias) and tied[n] == name]
     if borrowers:
         raise Unsupported(
             f"{borrowers[0]} shares this tensor, and packed tensors cannot be shared here",

@@ -1,7 +1,7 @@
 """safetensors artifacts: what transformers, vLLM and SGLang open.
 
 Float tensors keep their element type. Quantized matrices are written as compressed-tensors, GPTQ, AWQ or fine-grained
-FP8, the same codes and scales that every other container gets. Aliases are not stored: config.json ties them. Names
+FP8, the same codes and scales that every other container gets. Aliases that config.json ties are not stored. Names
 are those on disk, and Conv1D matrices are turned back.
 """
 
@@ -130,7 +130,8 @@ def _layout_word(weight: Stored) -> tuple[str, str]:
 
 
 def _layouts(checkpoint: Checkpoint) -> dict[str, Layout]:
-    return {name: weight.layout for name, weight in checkpoint.weights.items() if isinstance(weight, Quantized)}
+    resolved = {name: checkpoint.resolve(name) for name in checkpoint.weights}
+    return {name: weight.layout for name, weight in resolved.items() if isinstance(weight, Quantized)}
 
 
 def _write_index(shards: list[Shard], directory: Path) -> str:

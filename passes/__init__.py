@@ -22,6 +22,7 @@ _MODULES = (
     "rotate",
     "quantize",
     "recover",
+    "share",
     "distill",
     "qat",
 )

@@ -8,6 +8,7 @@ identity in ONNX Runtime (a lookup is fed every index): what comes out is the ma
 | NAME                                        | floats; turned where a MatMul reads them as (in, out)    |
 | NAME.B, .scales, .zero_points, .offsets     | com.microsoft.MatMulNBits, plus block sums times offsets |
 | NAME.codes, .scales, .zero_points, .offsets | DequantizeLinear and MatMul                             |
+| NAME.codes, .table                          | Cast, Gather and MatMul                                 |
 | the same behind a lookup                    | GatherBlockQuantized, or Gathers and DequantizeLinear   |
 | NAME.rows{a}-{b}*                           | rows a to b of the weight                               |
 """
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     import onnx
 
 Rows = tuple[int, int] | None
-_OPERANDS = ("B", "codes", "scales", "zero_points", "offsets")
+_OPERANDS = ("B", "codes", "scales", "zero_points", "offsets", "table")
 
 
 class OnnxStored:
@@ -95,6 +96,8 @@ class OnnxStored:
 
     def _piece(self, operands: Mapping[str, onnx.TensorProto], cols: int) -> Piece:
         arrays = {key: self.graph.array(tensor) for key, tensor in operands.items()}
+        if "table" in arrays:
+            return Piece(arrays["codes"].T, np.float32(1), table=arrays["table"])
         if "codes" not in arrays:
             arrays = self._unpacked(operands["B"].name, arrays)
         elif arrays["scales"].ndim == 1:  # one for each row of the weight, which is a column of the turned codes

@@ -10,11 +10,12 @@ from tightship.errors import UsageError
 from tightship.formats.layouts.ggml_base import GgmlLayout
 from tightship.layout import Layout
 
-_MODULES = ("affine", "ggml_affine", "k_quants", "iq4", "ternary", "mx", "iq_grid", "float8")
+_MODULES = ("affine", "ggml_affine", "k_quants", "iq4", "ternary", "mx", "iq_grid", "float8", "codebook")
 for _module in _MODULES:
     importlib.import_module(f"tightship.formats.layouts.{_module}")
 
 _INT = re.compile(r"int(?P<bits>[2-8])(?:-(?:g(?P<group>[1-9]\d*)|(?P<channel>channel)))?(?P<asym>-asym)?")
+_CODEBOOK = re.compile(r"codebook-([2-9]|1[0-6])")
 _FLOAT8 = {"": (0, 0), "-channel": (1, 0), "-block": (128, 128)}
 
 
@@ -39,6 +40,8 @@ def parse_layout(word: str) -> Layout:
         UsageError: no such layout; the message suggests the nearest names.
     """
     text = word.strip().lower()
+    if _CODEBOOK.fullmatch(text):
+        return Layout.from_json({"kind": "codebook", "size": int(text.removeprefix("codebook-"))})
     match = _INT.fullmatch(text)
     if match:
         group = 0 if match["channel"] else int(match["group"] or 32)
@@ -51,5 +54,5 @@ def parse_layout(word: str) -> Layout:
     near = difflib.get_close_matches(text, [*named, "int4", "int8", "int4-g32-asym"], n=3)
     raise UsageError(
         f"layout {word!r} is unknown" + (f"; did you mean {', '.join(near)}?" if near else ""),
-        hint="layouts are int2..int8[-gN|-channel][-asym] and " + ", ".join(named),
+        hint="layouts are int2..int8[-gN|-channel][-asym], codebook-2..codebook-16 and " + ", ".join(named),
     )

@@ -86,16 +86,16 @@ def pack(layout: Layout, arrays: Mapping[str, np.ndarray], spec: Blocked) -> Arr
     operands = matmul_nbits.pack(layout, arrays, spec.nbits)
     unsigned, zero = matmul_nbits.unpack(operands, spec.nbits)
     half = np.uint8(0 if spec.nbits.offsets else 1 << (spec.nbits.bits - 1))
-    packed = {"codes": _lanes(unsigned.T - half, spec.code_type), "scales": operands["scales"].T}
+    packed = {"codes": lanes(unsigned.T - half, spec.code_type), "scales": operands["scales"].T}
     shapes = spec.shapes(unsigned.shape[0])
     if "zero_points" in shapes:
-        packed["zero_points"] = _lanes(zero.T - half, spec.code_type)
+        packed["zero_points"] = lanes(zero.T - half, spec.code_type)
     if "offsets" in shapes:
         packed["offsets"] = operands["offsets"]
     return packed
 
 
-def _lanes(codes: np.ndarray, kind: int) -> np.ndarray:
+def lanes(codes: np.ndarray, kind: int) -> np.ndarray:
     """Codes in two's complement, uint8, packed in file order."""
     flat = np.ascontiguousarray(codes).reshape(-1)
     if BITS[kind] == 8:
