@@ -23,6 +23,7 @@ _MODULES = (
     "quantize",
     "recover",
     "share",
+    "window",
     "distill",
     "qat",
 )
