@@ -219,22 +219,26 @@ def run_all(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     make_model(source, options.layers)
     wanted = [("ours", s) for s in ("fp32", "int4", "fp32-portable", "int4-portable")]
     wanted += [("builder", "fp32"), ("builder", "int4")]
-    exports = {}
+    result: dict[str, Any] = {"layers": options.layers, "exports": {}, "speeds": {}, "ratios": []}
     for kind, scheme in wanted:
-        exports[f"{kind}-{scheme}"] = export(kind, source, artifacts / f"{kind}-{scheme}", scheme)
-    if options.capture:
-        exports["capture-fp32"] = export("capture", source, scratch / "capture", "fp32")
+        result["exports"][f"{kind}-{scheme}"] = export(kind, source, artifacts / f"{kind}-{scheme}", scheme)
     names = [f"{kind}-{scheme}" for kind, scheme in wanted]
-    speeds = {prompt: speed(artifacts, names, prompt, options.rounds) for prompt in options.prompts}
-    compared = [
-        {"ours": a, "theirs": b, "prompt": prompt, **{p: ratio(found, a, b, p) for p in ("prefill", "decode")}}
-        for prompt, found in speeds.items()
-        for a, b in PAIRS
-    ]
-    return {"layers": options.layers, "exports": exports, "speeds": speeds, "ratios": compared}
+    for prompt in options.prompts:
+        found = result["speeds"][prompt] = speed(artifacts, names, prompt, options.rounds)
+        result["ratios"] += [
+            {"ours": a, "theirs": b, "prompt": prompt, **{p: ratio(found, a, b, p) for p in ("prefill", "decode")}}
+            for a, b in PAIRS
+        ]
+        write(result, options.out)  # what is known so far
+    if options.capture:
+        result["exports"]["capture-fp32"] = export("capture", source, scratch / "capture", "fp32")
+    return result
 
 
-def write(result: dict[str, Any], folder: Path) -> None:
+def write(figures: dict[str, Any], folder: Path) -> None:
+    packages = ("tightship", "onnxruntime", "onnxruntime-genai", "torch", "transformers")
+    about = {"machine": platform.processor() or "x86_64", "versions": {name: version(name) for name in packages}}
+    result = {**about, **figures}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "onnx_end_to_end.json").write_text(json.dumps(result, indent=1) + "\n")
     lines = [
@@ -275,9 +279,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="onnx-end-to-end-") as scratch:
         result = run_all(options, Path(scratch))
-    packages = ("tightship", "onnxruntime", "onnxruntime-genai", "torch", "transformers")
-    about = {"machine": platform.processor() or "x86_64", "versions": {name: version(name) for name in packages}}
-    write({**about, **result}, options.out)
+    write(result, options.out)
     print(json.dumps(result["ratios"], indent=1))
 
 
