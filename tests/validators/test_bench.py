@@ -75,7 +75,9 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert second["decode_tokens_per_second"] == (10 / 5 + 10 / 25) / 2
 
 
-def test_shards_are_one_artifact(tmp_path: Path) -> None:
+def test_shards_are_one_artifact_and_what_lies_beside_is_none(tmp_path: Path) -> None:
+    for name in ("adapter.gguf", "imatrix.gguf"):
+        (tmp_path / name).write_bytes(b"x")
     for index in (1, 2, 3):
         (tmp_path / f"m-0000{index}-of-00003.gguf").write_bytes(b"x" * index)
     (subject,) = subjects(tmp_path)
