@@ -5,6 +5,7 @@ Everything is done on codes and floats alike: a permutation of rows moves whole 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -212,9 +213,8 @@ def chunks(tensor: FileTensor, type_name: str) -> Iterator[np.ndarray]:
             for rows in _slices(weight.shape):
                 yield pack_ggml(type_name, {key: array[rows] for key, array in arrays.items()}, weight.layout)
             continue
-        values = weight.read().reshape(-1, weight.shape[-1])
-        for rows in _slices(values.shape):
-            yield _float_bytes(type_name, values[rows], name)
+        for values in weight.runs(_step(weight.shape)):
+            yield _float_bytes(type_name, values.reshape(len(values), -1), name)
 
 
 def _float_bytes(type_name: str, values: np.ndarray, name: str) -> np.ndarray:
@@ -230,7 +230,12 @@ def _float_bytes(type_name: str, values: np.ndarray, name: str) -> np.ndarray:
         raise
 
 
+def _step(shape: Sequence[int]) -> int:
+    """Entries of the first axis that make a run of about CHUNK_WEIGHTS."""
+    return max(1, CHUNK_WEIGHTS // max(math.prod(shape[1:]), 1))
+
+
 def _slices(shape: Sequence[int]) -> Iterator[slice]:
-    step = max(1, CHUNK_WEIGHTS // max(shape[-1], 1))
+    step = _step(shape)
     for first in range(0, shape[0], step):
         yield slice(first, first + step)

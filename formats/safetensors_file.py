@@ -12,6 +12,7 @@ docs/formats/safetensors.md lists the rules; https://github.com/huggingface/safe
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -60,19 +61,33 @@ class Header:
         Raises:
             Malformed: no such tensor, or the file became shorter since its header was read.
         """
+        entry = self._entry(name)
+        return self._bytes(name, entry.begin, entry.end).view(entry.dtype.numpy).reshape(entry.shape)
+
+    def read_rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """Entries `first` to `last - 1` of the tensor's first axis, and no other bytes of the file; see `read`."""
+        entry = self._entry(name)
+        row = (entry.end - entry.begin) // entry.shape[0]
+        data = self._bytes(name, entry.begin + first * row, entry.begin + last * row)
+        return data.view(entry.dtype.numpy).reshape(last - first, *entry.shape[1:])
+
+    def _entry(self, name: str) -> Entry:
         entry = self.entries.get(name)
         if entry is None:
             raise Malformed(f"{self.path.name} holds no such tensor", tensor=name)
-        size = entry.end - entry.begin
-        data = np.fromfile(self.path, np.uint8, count=size, offset=entry.begin)
-        if data.size != size:
+        return entry
+
+    def _bytes(self, name: str, begin: int, end: int) -> np.ndarray:
+        data = np.fromfile(self.path, np.uint8, count=end - begin, offset=begin)
+        if data.size != end - begin:
             raise Malformed(f"{self.path.name} was cut short while it was read", tensor=name)
-        return data.view(entry.dtype.numpy).reshape(entry.shape)
+        return data
 
     def dense(self, name: str) -> Dense:
         """The tensor as a lazy weight: nothing is read, nothing kept."""
         entry = self.entries[name]
-        return Dense(entry.shape, entry.dtype.name, lambda: self.read(name))
+        rows = functools.partial(self.read_rows, name) if entry.shape and entry.shape[0] else None
+        return Dense(entry.shape, entry.dtype.name, lambda: self.read(name), rows)
 
 
 def read_header(path: Path) -> Header:

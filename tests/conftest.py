@@ -17,6 +17,11 @@ from tightship.weights import Dense
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does; read when OpenMP is loaded
 os.environ.pop("HF_HUB_OFFLINE", None)  # hub ids are tested against a server on the loopback interface
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-docs", action="store_true", help="write the pages of docs that tests hold current")
+
+
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 64,

@@ -21,7 +21,7 @@ from tightship.passes.hessian import loss
 from tightship.passes.masks import finite
 from tightship.passes.quantize import Matrix, Quantize, Solver
 from tightship.passes.quantize.rtn import lazily, quantize
-from tightship.weights import Factored, Quantized, Stored, Weight
+from tightship.weights import Dense, Factored, Quantized, Stored, Weight
 
 
 class Calibrated(Solver):
@@ -68,8 +68,8 @@ def rounded(
     name: str, matrix: Matrix, w: np.ndarray, moments: Moments
 ) -> tuple[tuple[Arrays, float], tuple[Arrays, float]]:
     """The data-free and the importance search of `w`, each with its loss."""
-    plain = quantize(name, w, matrix.layout)
-    searched = quantize(name, w, matrix.layout, moments.importance)
+    plain = quantize(name, Dense.of(w), matrix.layout)
+    searched = quantize(name, Dense.of(w), matrix.layout, moments.importance)
     return tuple((arrays, error(matrix, w, arrays, moments)) for arrays in (plain, searched))  # type: ignore[return-value]
 
 

@@ -1,7 +1,8 @@
 """Round to nearest: each tensor's own search (`Layout.quantize`), nothing else. Data-free, streamed.
 
-A tensor goes through in runs of whole rows, widened to float32 run by run: the working memory is the tensor as stored,
-the result, and a few times `_CHUNK`. Rows that share parameters stay in one run (`Layout.rows_together`).
+A tensor goes through in runs of whole rows, read and widened to float32 run by run: the working memory is the result
+and a few times `_CHUNK`, and the tensor as stored where its source reads whole tensors only. Rows that share parameters
+stay in one run (`Layout.rows_together`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tightship.layout import Arrays, Layout
 from tightship.passes.base import Needs, Run
 from tightship.passes.masks import finite
 from tightship.passes.quantize import Matrix, Quantize, Solver
-from tightship.weights import Quantized
+from tightship.weights import Dense, Quantized
 
 _CHUNK = 1 << 19  # elements of a run of rows; a search holds about ten float32 arrays of that size
 
@@ -44,13 +45,13 @@ def lazily(name: str, matrix: Matrix, importance: np.ndarray | None) -> Quantize
     """The matrix in its layout, solved when read. `importance` is (cols,) float32 or None."""
 
     def read() -> Arrays:
-        return quantize(name, matrix.weight.read(), matrix.layout, importance)
+        return quantize(name, matrix.weight, matrix.layout, importance)
 
     return Quantized(matrix.layout, matrix.shape, read)
 
 
-def quantize(name: str, w: np.ndarray, layout: Layout, importance: np.ndarray | None = None) -> Arrays:
-    """Codes and parameters of `w` (rows, cols), of any float dtype, in runs of rows.
+def quantize(name: str, w: Dense, layout: Layout, importance: np.ndarray | None = None) -> Arrays:
+    """Codes and parameters of `w` (rows, cols), of any float dtype, read and solved in runs of rows.
 
     Raises:
         Unsupported: naming the tensor; a value that the layout's scales cannot reach.
@@ -61,8 +62,8 @@ def quantize(name: str, w: np.ndarray, layout: Layout, importance: np.ndarray | 
     arrays = {key: np.empty(spec.shape, spec.dtype) for key, spec in specs.items()}
     together = layout.rows_together or rows
     step = max(1, _CHUNK // max(cols * together, 1)) * together
-    for first in range(0, rows, step):
-        part = finite(name, w[first : first + step].astype(np.float32, copy=False))
+    for first, run in zip(range(0, rows, step), w.runs(step), strict=True):
+        part = finite(name, run.astype(np.float32, copy=False))
         for key, values in layout.quantize(part, importance).items():
             arrays[key][first : first + step] = values
     for key, values in arrays.items():

@@ -7,7 +7,7 @@ they move codes and parameters and never decode.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,11 +23,15 @@ _RUN = 1 << 20  # elements that are decoded at a time
 
 @dataclass(frozen=True)
 class Dense:
-    """A float or integer array of any rank. `read()` returns it in `dtype`'s NumPy type."""
+    """A float or integer array of any rank. `read()` returns it in `dtype`'s NumPy type.
+
+    `read_rows(first, last)`, where the source has it, reads entries first to last - 1 of the first axis and no others.
+    """
 
     shape: Shape
     dtype: str
     read: Callable[[], np.ndarray]
+    read_rows: Callable[[int, int], np.ndarray] | None = None
 
     @classmethod
     def of(cls, array: np.ndarray) -> Dense:
@@ -37,6 +41,13 @@ class Dense:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * dtype_of(self.dtype).itemsize
+
+    def runs(self, step: int) -> Iterator[np.ndarray]:
+        """Entries of the first axis, `step` at a time: one after the other from the source, where it can."""
+        whole = self.read() if self.read_rows is None else None
+        for first in range(0, self.shape[0], step):
+            last = min(first + step, self.shape[0])
+            yield self.read_rows(first, last) if self.read_rows is not None else whole[first:last]
 
     def value(self) -> np.ndarray:
         """float32 copy or view. bf16, f16 and f32 widen exactly."""

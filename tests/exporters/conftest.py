@@ -120,6 +120,48 @@ def to_file(tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
     return make
 
 
+STEEP = 2.0**12
+
+
+@pytest.fixture(scope="session")
+def steep() -> Callable[[Any], Any]:
+    """checkpoint -> the same, FFN inputs times 4096 and outputs divided by it.
+
+    Outside -10 to 10 llama.cpp's table of GELU is 0 or x itself, so what is left to differ is the graph.
+    """
+    return _steep
+
+
+def _steep(checkpoint: Any) -> Any:
+    from tightship.weights import Dense
+
+    gated = any(rule.role == "ffn_gate" for rule in checkpoint.architecture.tensors)
+    changed = {}
+    for name, info in checkpoint.infos().items():
+        role, weight = info.rule.role.removeprefix("dec_"), checkpoint.weights.get(name)
+        if not isinstance(weight, Dense) or info.rule.kind not in ("linear", "bias"):
+            continue
+        values = weight.value()
+        if role == ("ffn_gate" if gated else "ffn_up"):
+            changed[name] = Dense.of(values * np.float32(STEEP))
+        elif role == "ffn_gate_up":  # what GELU sees stands first
+            seen, other = np.split(values, 2)
+            changed[name] = Dense.of(np.concatenate([seen * np.float32(STEEP), other]))
+        elif role == "ffn_down" and info.rule.kind == "linear":
+            changed[name] = Dense.of(values / np.float32(STEEP))
+    assert len(changed) >= 2 * checkpoint.hyper["layers"]
+    return checkpoint.with_weights(changed)
+
+
+@pytest.fixture
+def rounded() -> Callable[..., Any]:
+    """(checkpoint, scheme) -> the checkpoint with every weight as the file of `to_file` holds it."""
+    from tightship.exporters.to_gguf import GgufExporter
+    from tightship.target import Target
+
+    return lambda checkpoint, scheme: solve(checkpoint, GgufExporter().layout_for(checkpoint, Target("gguf", scheme)))
+
+
 def solve(checkpoint: Any, layouts: Mapping[str, Any]) -> Any:
     """Round every tensor to its layout, as a data-free build does."""
     from tightship.layout import Context

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -273,3 +274,44 @@ def test_unigram_structures_that_llama_cpp_lacks(
 ) -> None:
     with pytest.raises(kind, match=message):
         tokenizer_fields(with_table(unigram, rows=2048, **edits))
+
+
+TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a\nb"}]
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content | trim }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}MARK{% endif %}"
+)
+
+
+@pytest.mark.parametrize("placed", ["config", "file", "both", "named", "folder"])
+def test_templates_render_as_in_transformers(placed: str, byte_level: Path, tmp_path: Path) -> None:
+    """transformers opens the directory and chooses; what the file holds must render to the same text."""
+    from transformers import AutoTokenizer
+
+    texts = {name: CHAT.replace("MARK", name) for name in ("config", "file", "default", "rag")}
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(byte_level, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    if placed in ("config", "both", "folder"):
+        settings["chat_template"] = texts["config"]
+    if placed == "named":
+        settings["chat_template"] = [{"name": name, "template": texts[name]} for name in ("rag", "default")]
+    if placed in ("file", "both", "folder"):
+        (folder / "chat_template.jinja").write_text(texts["file"])
+    if placed == "folder":
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "rag.jinja").write_text(texts["rag"])
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    ember = open_checkpoint(EMBER)
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    fields, _ = tokenizer_fields(ember.replace(files=files, config={**ember.config, "vocab_size": 512}))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def rendered(**options: Any) -> str:
+        return tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True, **options)
+
+    assert rendered(chat_template=fields["tokenizer.chat_template"].value) == rendered()
+    if placed in ("named", "folder"):
+        assert fields["tokenizer.chat_templates"].value == ["rag"]
+        named = rendered(chat_template=fields["tokenizer.chat_template.rag"].value)
+        assert named == rendered(chat_template="rag") != rendered()

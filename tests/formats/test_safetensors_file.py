@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tightship.dtypes import dtype, of_array
+from tightship.errors import Malformed
 from tightship.formats.safetensors_file import SafetensorsWriter, Spec, read_header
 
 
@@ -114,3 +115,26 @@ def test_a_length_that_looks_like_text_is_no_impostor(tmp_path: Path, length: in
     path = tmp_path / "m.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\x07")
     assert read_header(path).read("w").tolist() == [7]
+
+
+def test_runs_of_rows_are_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.safetensors"
+    write(path, sample())
+    header = read_header(path)
+    read: list[int] = []
+    fromfile = np.fromfile
+
+    def counted(*args: object, count: int, **kwargs: object) -> np.ndarray:
+        read.append(count)
+        return fromfile(*args, count=count, **kwargs)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(np, "fromfile", counted)
+    for name in ("b.weight", "a.weight", "codes"):
+        runs = list(header.dense(name).runs(2))
+        assert np.array_equal(np.concatenate(runs), sample()[name])
+        assert read == [run.nbytes for run in runs]
+        read.clear()
+    path.write_bytes(path.read_bytes()[:-1])
+    last = max(header.entries, key=lambda name: header.entries[name].end)
+    with pytest.raises(Malformed, match="cut short"):
+        list(header.dense(last).runs(1))

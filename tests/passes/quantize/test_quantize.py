@@ -53,7 +53,7 @@ def test_runs_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         layout = parse_layout(word)
         whole = layout.quantize(w)
         monkeypatch.setattr(rtn, "_CHUNK", 5 * 256)
-        parts = rtn.quantize("w", w, layout)
+        parts = rtn.quantize("w", Dense.of(w), layout)
         assert whole.keys() == parts.keys()
         assert all(np.array_equal(whole[key], parts[key]) for key in whole)
 
