@@ -15,7 +15,8 @@ symmetric ones, `activation_range`, `percentile`). Both have standard operators 
 
 Options: `profile: portable`, `layout` (another affine layout for the integers), `include: [embeddings, head]`,
 `accuracy_level` (of MatMulNBits as shipped; 4, the default, quantizes activations to int8, 0 and 1 do not),
-`folder: onnx` (the graph lies in `onnx/`, where transformers.js and sentence-transformers look on a model hub).
+`folder: onnx` (the graph lies in `onnx/`, where transformers.js and sentence-transformers look on a model hub),
+`shapes: {batch_size: 1, sequence_length: 128}` (of an encoder; either axis alone, too; open axes take any size).
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ DYNAMIC = "int8-dynamic"
 STATIC = "int8-static"
 ROUNDED = {STATIC: "int8-static-asym"}  # scheme -> the word for its activations
 _STATIC_WORDS = ("int8-static", "int8-static-asym")
-OPTIONS = ("profile", "layout", "include", "accuracy_level", "folder")
+OPTIONS = ("profile", "layout", "include", "accuracy_level", "folder", "shapes")
 PORTABLE = "-portable"
+FIXABLE = ("batch_size", "sequence_length")
 _INCLUDABLE = {"embeddings": "embedding", "head": "head"}
 
 
@@ -120,4 +122,27 @@ def _options(target: Target) -> Mapping[str, Any]:
     unknown = [word for word in target.options.get("include", ()) if word not in _INCLUDABLE]
     if unknown:
         raise UsageError(f"include knows no {unknown[0]!r}", hint=f"known: {', '.join(_INCLUDABLE)}")
+    for axis, size in dict(target.options.get("shapes", {})).items():
+        if axis not in FIXABLE or not isinstance(size, int) or size < 1:
+            raise UsageError(
+                f"onnx option shapes: {axis} = {size!r}", hint=f"axes: {', '.join(FIXABLE)}, each a number from 1"
+            )
     return target.options
+
+
+def fixed_shapes(checkpoint: Checkpoint, target: Target) -> dict[str, int]:
+    """Axes that the recipe fixes, by name; empty for a graph that takes any size.
+
+    Raises:
+        Unsupported: for a decoder, whose cache grows with every token, or a length that the model has no positions for.
+    """
+    sizes = dict(_options(target).get("shapes", {}))
+    if sizes and checkpoint.architecture.task == "text-generation":
+        raise Unsupported(
+            "fixed shapes are for encoders and images: a decoder's cache grows with every token",
+            hint="leave `shapes` out; a session may fix an axis with add_free_dimension_override_by_name",
+        )
+    context = int(checkpoint.hyper.get("context", 0))
+    if context < int(sizes.get("sequence_length", 0)):
+        raise Unsupported(f"sequence_length = {sizes['sequence_length']}: this model has {context} positions")
+    return sizes

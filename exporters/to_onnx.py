@@ -17,8 +17,9 @@ from tightship.exporters.genai_config import Cache, genai_config
 from tightship.exporters.onnx_assemble import write_graph
 from tightship.exporters.onnx_candidates import candidates
 from tightship.exporters.onnx_candidates.fused import shares_cache
+from tightship.exporters.onnx_candidates.graph_edits import fix_axes
 from tightship.exporters.onnx_candidates.skeleton import Choice, Judge, Skeleton, outputs_of
-from tightship.exporters.onnx_schemes import PORTABLE, ROUNDED, layouts_of, style_for, style_of
+from tightship.exporters.onnx_schemes import PORTABLE, ROUNDED, fixed_shapes, layouts_of, style_for, style_of
 from tightship.exporters.onnx_speed import speed_notes
 from tightship.exporters.onnx_storage import storage
 from tightship.exporters.onnx_units import left_out
@@ -58,6 +59,7 @@ class OnnxExporter:
         """
         outputs_of(checkpoint.architecture)
         style = style_for(checkpoint, target)
+        fixed_shapes(checkpoint, target)
         needless = left_out(checkpoint)
         tensors = []
         for name, weight in checkpoint.weights.items():
@@ -84,6 +86,7 @@ class OnnxExporter:
         """
         style = style_for(checkpoint, plan.target)
         choice, skeleton = _graph(checkpoint, self.judge, fused=style.fused)
+        fix_axes(skeleton.model, fixed_shapes(checkpoint, plan.target))
         cache = cache_of(skeleton)
         main = main_of(plan.target)
         home = (directory / main).parent

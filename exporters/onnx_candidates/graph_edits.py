@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from tightship.exporters.onnx_candidates.skeleton import BATCH, PAST, SEQUENCE, TOTAL
@@ -88,6 +88,17 @@ def name_contract(model: ir.Model) -> None:
         else:
             continue
         value.shape = ir.Shape(axes)
+
+
+def fix_axes(model: ir.Model, sizes: Mapping[str, int]) -> None:
+    """Put numbers in the place of symbolic axes, by their names, wherever a shape is noted."""
+    import onnx_ir as ir
+
+    graph = model.graph
+    made = (value for node in graph for value in node.outputs)
+    for value in (*graph.inputs, *graph.outputs, *made):
+        if value.shape is not None:
+            value.shape = ir.Shape([sizes.get(getattr(axis, "value", axis), axis) for axis in value.shape])
 
 
 def split_gemms(model: ir.Model) -> None:

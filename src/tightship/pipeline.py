@@ -228,11 +228,13 @@ class Proofs:
 
     def _settings(self) -> Any:
         from tightship.validators.gates import parse_gates
-        from tightship.validators.references import ProofSettings
+        from tightship.validators.references import LENGTH, ProofSettings
 
         recipe, settings = self.shop.recipe, self.shop.settings
         self.scratch.mkdir(parents=True, exist_ok=True)
+        fixed = [dict(target.options.get("shapes", {})).get("sequence_length") for target in recipe.targets]
         return ProofSettings(
+            length=min([LENGTH, *(length for length in fixed if length)]),
             text=settings.text,
             gates=parse_gates(recipe.gates, recipe.path),
             seed=recipe.seed,

@@ -1,4 +1,4 @@
-"""Graphs of models whose structure a pass has changed: layers of unequal width, factors, blocks that share weights."""
+"""Graphs of changed structure (layers of unequal width, factors, blocks that share weights), and of fixed shapes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 
 from tightship.checkpoint import Checkpoint
+from tightship.errors import Unsupported, UsageError
 from tightship.exporters.onnx_assemble import write_graph
 from tightship.exporters.onnx_candidates.direct import DirectCandidate
 from tightship.exporters.onnx_storage import Style
+from tightship.exporters.to_onnx import OnnxExporter
 from tightship.modelview import ModelView
-from tightship.validators.parity import relative_l2
+from tightship.target import Target
+from tightship.validators.parity import ParityJudge, relative_l2
 from tightship.validators.runtimes.onnx_runtime import Graph, open_session
 from tightship.weights import Alias, Dense, Factored
 
@@ -80,3 +84,39 @@ def test_shared_blocks_are_stored_once(tiny: Tiny, tmp_path: Path) -> None:
     stored = [i.name for i in onnx.load(tmp_path / "model.onnx").graph.initializer]
     assert not [name for name in stored if name.startswith(second)]
     assert len([name for name in stored if name.startswith(first)]) == len(names)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"batch_size": 2, "sequence_length": 20}, {"sequence_length": 12}, {"batch_size": 3}]
+)
+def test_fixed_shapes_give_what_open_ones_give(tiny: Tiny, tmp_path: Path, sizes: dict[str, int]) -> None:
+    """Five rows of twelve tokens and less through graphs of other sizes."""
+    bert = tiny("bert")
+    target = Target("onnx", None, {"shapes": sizes})
+    exporter = OnnxExporter(ParityJudge())
+    exporter.export(bert, exporter.plan(bert, target), tmp_path)
+    declared = {i.name: i.type.tensor_type.shape.dim for i in onnx.load(tmp_path / "model.onnx").graph.input}
+    found = [d.dim_param or d.dim_value for d in declared["input_ids"]]
+    assert found == [sizes.get(axis, axis) for axis in ("batch_size", "sequence_length")]
+    ids = np.random.default_rng(0).integers(5, 96, (5, 12))
+    mask = (np.arange(12) < np.array([[12], [7], [9], [12], [3]])).astype(np.int64)
+    expected = ModelView(bert).outputs(ids, mask)
+    got = Graph(open_session(tmp_path / "model.onnx", "graph")).outputs({"input_ids": ids, "attention_mask": mask})
+    for name, wanted in expected.items():
+        assert relative_l2(got[name][mask == 1], wanted[mask == 1]) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "shapes", "error", "words"),
+    [
+        ("llama", {"batch_size": 1}, Unsupported, "cache grows"),
+        ("bert", {"sequence_length": 65}, Unsupported, "64 positions"),
+        ("bert", {"width": 3}, UsageError, "width"),
+        ("bert", {"batch_size": 0}, UsageError, "batch_size = 0"),
+    ],
+)
+def test_shapes_that_cannot_be_fixed(
+    tiny: Tiny, family: str, shapes: dict[str, int], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        OnnxExporter().plan(tiny(family), Target("onnx", None, {"shapes": shapes}))
