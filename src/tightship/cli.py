@@ -270,6 +270,37 @@ def bench(path: Path, plot: Path | None, as_json: bool, quiet: bool, verbose: bo
 
 
 @cli.command(
+    short_help="What a runtime would refuse or compute wrongly.",
+    help="""
+\b
+Examples:
+  tightship lint out/safetensors --for vllm
+  tightship lint out --for llama.cpp --for ollama --json
+
+Check an artifact against what a runtime's loader demands and silently ignores (vllm, sglang, tgi, trt, llama.cpp,
+genai, ollama, transformers). Loads nothing into the runtime; exit 1 if the file would be refused, or accepted and
+computed wrongly.
+""",
+)
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--for", "runtimes", multiple=True, required=True, metavar="RUNTIME", help="As above; repeatable.")
+@shared_options
+def lint(directory: Path, runtimes: tuple[str, ...], as_json: bool, quiet: bool, verbose: bool) -> int:
+    """`tightship lint`."""
+    from tightship.validators.lint import lint as examine
+
+    found = examine(directory, runtimes)
+    code = 1 if any(f["effect"] != "note" for f in found["findings"]) else 0
+    if as_json:
+        emit(envelope(code, result=found))
+    elif not quiet:
+        columns = ["rule", "runtime", "effect", "where", "message", *(["source"] if verbose else [])]
+        rows = [[str(f[column]) for column in columns] for f in found["findings"]]
+        emit(table(rows, columns) if rows else f"nothing found by {found['rules']} rules")
+    return code
+
+
+@cli.command(
     help="What is installed, and what is missing for which target. Exit 4 if a target cannot be built or proven."
 )
 @shared_options

@@ -221,8 +221,8 @@ class TestConfig:
         with pytest.raises(Malformed, match="'hidden_size' occurs twice"):
             open_checkpoint(ember)
 
-    @pytest.mark.parametrize("section", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "fp8"}])
-    def test_quantized_sources_are_exit_3(self, ember: Path, section: dict[str, Any]) -> None:
+    @pytest.mark.parametrize("section", [{"quant_method": "exl2", "bits": 4}, {"quant_method": "hqq"}])
+    def test_quantizations_that_are_not_read_are_exit_3(self, ember: Path, section: dict[str, Any]) -> None:
         edit_config(ember, quantization_config=section)
         with pytest.raises(Unsupported, match=section["quant_method"]):
             open_checkpoint(ember)
