@@ -104,4 +104,4 @@ def _line(cell: str, rows: list[dict[str, Any]], peers: list[dict[str, Any]]) ->
     size = rows[0]["bytes"]
     middle = sorted(rows, key=lambda row: row["seconds"])[len(rows) // 2]
     words = [cell, rows[0]["maker"], by_slice, f"{found:.3f}", f"{low:.3f} to {high:.3f}", str(size)]
-    return "| " + " | ".join([*words, f"{middle['seconds']:.0f}", str(middle["peak_mib"])]) + " |", low > 1
+    return "| " + " | ".join([*words, f"{middle['seconds']:.0f}", str(middle["peak_mib"] or "")]) + " |", low > 1

@@ -43,7 +43,7 @@ _SOLVERS = {
     "gptq": "tightship.passes.quantize.gptq",
 }
 _IMPORTANCE_FILE = "tightship.passes.quantize.importance_file"
-_SOLVER_OPTIONS = ("actorder", "damp", "sweeps", "propagate")
+_SOLVER_OPTIONS = ("actorder", "damp", "sweeps", "propagate", "compensate")
 _INCLUDE = {"embeddings": ("embedding", "position"), "head": ("head",)}
 
 
@@ -64,7 +64,7 @@ class Solver(ABC):
 
     Class attributes:
         needs, revision, per_tensor: as of a pass.
-        options: which of `actorder`, `damp`, `sweeps` and `propagate` it has.
+        options: which of `actorder`, `damp`, `sweeps`, `propagate` and `compensate` it has.
     """
 
     needs: ClassVar[Needs] = "nothing"
@@ -106,12 +106,11 @@ class Quantize(Pass):
     """See the module.
 
     For gptq alone: `actorder` (static activation order; by default the better of both), `damp` (share of the mean
-    diagonal), `sweeps` (of coordinate descent afterwards) and `propagate` (0 to 1: how far each matrix makes good for
-    the errors of the blocks before it). For importance alone: `imatrix`, a file of llama.cpp's importance matrix; no
-    calibration is needed then. `activations` is a word of `tightship.activations`, static ranges come from
-    `activation_range` (`percentile` of the values, in percent).
-    With `bytes`: `container` says whose types and sizes count, `candidates` which types,
-    `sensitivity` how harm is measured.
+    diagonal), `sweeps` (of coordinate descent afterwards), `propagate` (0 to 1: how far each matrix makes good for the
+    errors of the blocks before it) and `compensate` (rank of a correction beside each matrix). For importance alone:
+    `imatrix`, a file of llama.cpp's importance matrix; no calibration is needed then. `activations` is a word of
+    `tightship.activations`, static ranges come from `activation_range` (`percentile` of the values, in percent). With
+    `bytes`: `container` says whose types and sizes count, `candidates` which types, `sensitivity` how harm is measured.
     """
 
     name: ClassVar[str] = "quantize"
@@ -127,6 +126,7 @@ class Quantize(Pass):
     damp: float | None = None
     sweeps: int | None = None
     propagate: float | None = None
+    compensate: int | None = None
     imatrix: str | None = None
     activations: str | None = None
     activation_range: Literal["minmax", "percentile", "entropy"] = "minmax"
@@ -151,6 +151,8 @@ class Quantize(Pass):
             raise UsageError(f"quantize: sweeps is a count, found {self.sweeps}")
         if self.propagate is not None and not 0 <= self.propagate <= 1:
             raise UsageError(f"quantize: propagate is between 0 and 1, found {self.propagate}")
+        if self.compensate is not None and self.compensate < 1:
+            raise UsageError(f"quantize: compensate is a rank, at least 1; found {self.compensate}")
         if self.imatrix is not None and self.solver != "importance":
             raise UsageError(f"quantize: imatrix is for the solver importance, found {self.solver}")
         if self.imatrix is not None and not Path(self.imatrix).is_file():
@@ -211,6 +213,10 @@ class Quantize(Pass):
                 spec.requires(checkpoint)
             return
         pruned = any("mask" in step.get("makes", ()) for step in checkpoint.history)
+        if pruned and self.compensate:
+            raise UsageError(
+                "quantize: a correction of low rank would fill the zeros of pruning; leave out `compensate`"
+            )
         matrices = self.jobs(checkpoint)[0]
         linears = {info.name for info in checkpoint.linears()}
         for name, matrix in matrices.items():
@@ -232,7 +238,12 @@ class Quantize(Pass):
             return uniform(self, checkpoint)[-1].outline(checkpoint)
         matrices, others = self.jobs(checkpoint)
         solved = {name: Quantized(m.layout, m.shape, not_yet) for name, m in matrices.items()}
-        after = checkpoint.with_weights(_assembled(solved) | others)
+        whole = _assembled(solved) | others
+        if self.compensate:
+            from tightship.passes.quantize.compensation import outlined
+
+            whole |= outlined(checkpoint, matrices, self.compensate)
+        after = checkpoint.with_weights(whole)
         return after.replace(activations={**after.activations, **_activations.outline(self, checkpoint)})
 
     def apply(self, checkpoint: Checkpoint, run: Run) -> Checkpoint:

@@ -20,6 +20,7 @@ from tightship.passes.calibration import Figures, Moments, solve_blocks
 from tightship.passes.hessian import loss
 from tightship.passes.masks import finite
 from tightship.passes.quantize import Matrix, Quantize, Solver
+from tightship.passes.quantize.compensation import compensated
 from tightship.passes.quantize.rtn import lazily, quantize
 from tightship.weights import Dense, Factored, Quantized, Stored, Weight
 
@@ -45,7 +46,11 @@ class Calibrated(Solver):
         def one(name: str, moments: Moments) -> tuple[Stored, Figures]:
             if name in matrices:
                 arrays, figures = self.matrix(spec, name, matrices[name], moments, pruned=pruned, device=run.device)
-                return Quantized.of(matrices[name].layout, arrays), figures
+                found = Quantized.of(matrices[name].layout, arrays)
+                if spec.compensate is None:
+                    return found, figures
+                whole, more = compensated(matrices[name], found, moments, spec.compensate, run.device)
+                return whole, figures | more
             right, left = matrices[f"{name}:right"], matrices[f"{name}:left"]
             arrays, first = self.matrix(spec, name, right, moments, pruned=False, device=run.device)
             solved_right = Quantized.of(right.layout, arrays)
@@ -57,11 +62,11 @@ class Calibrated(Solver):
         solved = solve_blocks(
             checkpoint, run, tensors, one, full=self.full or _has_factors(matrices), drift=bool(spec.propagate)
         )
-        found = {part: weight for name, stored in solved.items() for part, weight in _parts(name, stored)}
-        for name in matrices.keys() - found.keys():
-            found[name] = lazily(name, matrices[name], None)
+        parts = {part: weight for name, stored in solved.items() for part, weight in _parts(name, stored)}
+        for name in matrices.keys() - parts.keys():
+            parts[name] = lazily(name, matrices[name], None)
             run.report(name, {"solver": "rtn", "reason": "lies outside the blocks, so nothing was measured for it"})
-        return found
+        return parts
 
 
 def rounded(

@@ -30,7 +30,7 @@ class Gptq(Calibrated):
     """See the module."""
 
     full: ClassVar[bool] = True
-    options: ClassVar[frozenset[str]] = frozenset({"actorder", "damp", "sweeps", "propagate"})
+    options: ClassVar[frozenset[str]] = frozenset({"actorder", "damp", "sweeps", "propagate", "compensate"})
 
     def check_matrix(self, name: str, matrix: Matrix) -> None:
         if matrix.layout.code_width > 1:

@@ -19,7 +19,7 @@ from tightship.passes.base import Run
 from tightship.passes.calibration import calibration_windows
 from tightship.passes.hessian import corrected
 from tightship.passes.quantize import Quantize
-from tightship.weights import Dense, Factored, Quantized
+from tightship.weights import Dense, Factored, Quantized, Sum
 
 torch = pytest.importorskip("torch")
 
@@ -234,3 +234,22 @@ def test_experts_are_left_out_of_propagation(tiny: Callable[[str], Checkpoint]) 
         patch.setattr("tightship.passes.calibration.calibration_windows", lambda *_: windows)
         result = Quantize(solver="gptq", layout="int4", propagate=0.5).apply(checkpoint, run_with({}))
     assert ModelView(result).outputs(np.stack(windows))
+
+
+def test_a_correction_is_the_best_of_its_rank(ember: Checkpoint) -> None:
+    """Its loss, seen by hooks, is what Eckart and Young leave: the singular values beyond the rank, whitened."""
+    figures: Figures = {}
+    spec = Quantize(solver="gptq", layout="int2-asym", sweeps=0, compensate=8)
+    outline = spec.outline(ember)
+    result = spec.apply(ember, run_with(figures))
+    windows = np.stack(calibration_windows(ember, run_with({})))
+    x = inputs(ember, windows)
+    for info in (i for i in ember.linears() if i.block == 0):
+        weight = result.weights[info.name]
+        assert isinstance(weight, Sum)
+        assert weight.residual.rank == outline.weights[info.name].residual.rank == 8  # type: ignore[union-attr]
+        w = ember.weights[info.name].value().astype(np.float64)
+        left = x[info.name] @ (weight.value() - w).T
+        singular = np.linalg.svd(x[info.name] @ (weight.base.value() - w).T, compute_uv=False)
+        assert (left**2).sum() == pytest.approx((singular[8:] ** 2).sum(), rel=0.05)
+        assert figures[info.name]["loss_compensated"] < figures[info.name]["loss"]
