@@ -49,18 +49,20 @@ SHAPE = {
 DEMO = Path(__file__).parents[1] / "examples" / "ember"
 
 
-def variants(checkpoint: Checkpoint, shares: list[float]) -> Iterator[tuple[str, Any]]:
+def variants(checkpoint: Checkpoint, kinds: list[str], shares: list[float]) -> Iterator[tuple[str, Any]]:
     """(label, pass) of everything that is tried; what rounds to nothing is left out."""
     layers = int(checkpoint.hyper["layers"])
-    for share in shares:
-        for kind in ("ffn", "heads", "width"):
+    for kind in kinds:
+        for share in shares:
+            if kind == "layers":
+                yield f"layers {share:.0%}", pass_for("drop-layers", {"count": max(1, round(share * layers))})
+                continue
             step = pass_for("prune-structured", {kind: share})
             try:
                 step.requires(checkpoint)
             except UsageError:
                 continue
             yield f"{kind} {share:.0%}", step
-        yield f"layers {share:.0%}", pass_for("drop-layers", {"count": max(1, round(share * layers))})
 
 
 def quality(options: argparse.Namespace) -> dict[str, Any]:
@@ -76,7 +78,7 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
     rows = [{"what": "dense", "parameters": 1.0, "before": perplexity(checkpoint, windows, options.threads)}]
     rows[0]["after"] = perplexity(recover.apply(checkpoint, later), windows, options.threads)
     report = {"checkpoint": checkpoint.name, "settings": settings(options), "rows": rows}
-    for what, step in variants(checkpoint, options.shares):
+    for what, step in variants(checkpoint, options.kinds, options.shares):
         smaller = step.apply(checkpoint, run)
         row: dict[str, Any] = {"what": what, "parameters": parameters(smaller) / parameters(checkpoint)}
         row["before"] = perplexity(smaller, windows, options.threads)
@@ -215,6 +217,7 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--test", type=Path)
+    parser.add_argument("--kinds", nargs="*", default=["ffn", "width", "heads", "layers"])
     parser.add_argument("--shares", nargs="*", type=float, default=[0.12, 0.25, 0.5])
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--test-tokens", type=int, default=6144)

@@ -1,0 +1,75 @@
+"""Pruned models in whole builds: proven in every runtime, zeros counted in each artifact."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EMBER = ROOT / "examples" / "ember"
+TEXT = "The old ship lay at anchor in the bay, and nobody on the shore could say whence she had come. " * 40
+SIZES = {"vocab_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "bos_token_id": 0,
+         "eos_token_id": 0, "pad_token_id": 0}  # fmt: skip
+MODELS = {
+    "OPTForCausalLM": {**SIZES, "ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 128},
+    "BloomForCausalLM": {"vocab_size": 320, "n_layer": 2, "n_head": 4, "hidden_size": 64, "bos_token_id": 0,
+                         "eos_token_id": 0, "pad_token_id": 0},
+    "MixtralForCausalLM": {**SIZES, "intermediate_size": 96, "num_key_value_heads": 2, "num_local_experts": 4,
+                           "max_position_embeddings": 128},
+}  # fmt: skip
+
+
+def recipe_in(folder: Path, passes: list[dict[str, Any]], targets: list[str]) -> Path:
+    (folder / "text.txt").write_text(TEXT)
+    calibration = {"text": "text.txt", "tokens": 1024, "sequence": 64}
+    content = {"calibration": calibration, "passes": passes, "targets": [{"to": t} for t in targets]}
+    (folder / "recipe.yaml").write_text(json.dumps({**content, "gates": {"top1": 0.01}}))
+    return folder / "recipe.yaml"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [("OPTForCausalLM", ["onnx"]), ("BloomForCausalLM", ["onnx", "safetensors"]), ("MixtralForCausalLM", ["gguf"])],
+)
+def test_sparse_opt_bloom_and_mixtral(
+    name: str, targets: list[str], build_command: Callable[..., Any], qwen: Path, tmp_path: Path
+) -> None:
+    import torch
+    import transformers
+
+    model_class = getattr(transformers, name)
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**MODELS[name]))
+    with torch.no_grad():
+        for word, parameter in model.named_parameters():
+            parameter.normal_(1 if "norm" in word else 0, 0.2)
+    source = tmp_path / "model"
+    model.save_pretrained(source)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(qwen / file, source / file)
+    prune = {"use": "prune", "with": {"method": "sparsegpt", "sparsity": 0.5, "schedule": "owl"}}
+    done = build_command(source, "--recipe", str(recipe_in(tmp_path, [prune], targets)))
+    assert done.code == 0, done.body
+    shares = {t["id"]: t["sparsity"] for t in done.body["result"]["targets"]}
+    assert set(shares) == set(targets)
+    assert max(shares.values()) - min(shares.values()) < 1e-9
+    assert (done.output / "report-layers.svg").exists()
+
+
+@pytest.mark.slow
+def test_a_narrower_model_in_all_three(build_command: Callable[..., Any], tmp_path: Path) -> None:
+    step = {"use": "prune-structured", "with": {"ffn": 0.25, "width": 0.12}}
+    recipe = recipe_in(tmp_path, [step], ["gguf", "onnx", "safetensors"])
+    done = build_command(EMBER, "--recipe", str(recipe))
+    assert done.code == 0, done.body
+    figures = done.body["result"]["stages"][0]["figures"]
+    assert figures["ffn"] == {"asked": 0.25, "share": 0.25, "units": 576}
+    assert figures["width"] == {"asked": 0.12, "share": 0.125, "units": 224}
+    config = json.loads((done.output / "safetensors" / "config.json").read_text())
+    assert (config["hidden_size"], config["intermediate_size"], config["head_dim"]) == (224, 576, 64)
