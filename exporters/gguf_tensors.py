@@ -149,6 +149,7 @@ def row_order(word: str, rows: int, hyper: Mapping[str, Any]) -> np.ndarray:
 
     Raises:
         Unsupported: no such transform.
+        Malformed: the rows are no whole heads.
     """
     places = np.arange(rows)
     width = int(hyper["head_dim"])
@@ -156,6 +157,8 @@ def row_order(word: str, rows: int, hyper: Mapping[str, Any]) -> np.ndarray:
         return places.reshape(-1, 2, width // 2).swapaxes(1, 2).reshape(-1)
     if word == "qkv_by_group":
         groups = int(hyper["kv_heads"])
+        if rows % (groups * width):
+            raise Malformed(f"{rows} rows are not {groups} groups of heads of {width}")
         grouped = places.reshape(groups, -1, width)
         return np.concatenate([grouped[:, :-2].reshape(-1), grouped[:, -2].reshape(-1), grouped[:, -1].reshape(-1)])
     raise Unsupported(f"the transform {word!r} of the architecture file is not known to the GGUF exporter")

@@ -177,7 +177,7 @@ class Architecture:
 
     def _agrees(self, value: Any, rule: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
         if "full_every" in rule:  # layer_types: every n-th layer sees everything, the others a window
-            period, place = int(rule["full_every"]), 0 if rule.get("full_first") else int(rule["full_every"]) - 1
+            period, place = full_layers(rule)
             return all((entry == "full_attention") == (i % period == place) for i, entry in enumerate(value))
         if "zero_every" in rule:  # no_rope_layers: every n-th layer is 0, the others 1
             return bool(value == [int(i % int(rule["zero_every"]) != 0) for i in range(1, len(value) + 1)])
@@ -186,6 +186,12 @@ class Architecture:
         if "equals" in rule:
             return bool(value == literal(rule["equals"], self.hyper(config)))
         return value not in rule.get("refused", ()) and ("allowed" not in rule or value in rule["allowed"])
+
+
+def full_layers(rule: Mapping[str, Any]) -> tuple[int, int]:
+    """Period, and place in it, of the layers that see everything, of a `full_every` rule."""
+    period = int(rule["full_every"])
+    return period, 0 if rule.get("full_first") else period - 1
 
 
 def _alternative(option: str | float, config: Mapping[str, Any], found: Mapping[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tightship.architecture import Architecture, TensorInfo, all_architectures
+from tightship.architecture import Architecture, TensorInfo, TensorRule, all_architectures, full_layers, literal
 from tightship.checkpoint import Checkpoint, Source, check_tensors
 from tightship.errors import Malformed, Unsupported
 from tightship.target import Progress, no_progress
@@ -68,13 +68,19 @@ def _family(metadata: Metadata) -> Architecture:
         raise Unsupported(f"GGUF architecture {arch!r} cannot be opened as a source", hint="start from the original")
     experts = bool(metadata.get(f"{arch}.expert_count"))
     fitting = [a for a in candidates if any("{e}" in rule.disk for rule in a.tensors) == experts]
-    whole = [a for a in fitting if all(rule.gguf or rule.optional or rule.when for rule in a.tensors)]
+    whole = [a for a in fitting if all(_derivable(rule, a) for rule in a.tensors)]
     if not whole:
         raise Unsupported(
             f"a {arch} file lacks tensors that a checkpoint of its family needs",
             hint="start from the original",
         )
     return next((a for a in whole if a.family == arch), whole[0])
+
+
+def _derivable(rule: TensorRule, architecture: Architecture) -> bool:
+    """Whether a file can hold the tensor, or a checkpoint do without it."""
+    borrowed = {borrower for borrower, _ in architecture.ties}
+    return bool(rule.gguf or rule.optional or rule.when or rule.disk in borrowed)
 
 
 # --- config.json ------------------------------------------------------------------------------------------------
@@ -94,12 +100,12 @@ def _config(architecture: Architecture, metadata: Metadata, tensors: Mapping[str
         "heads": _need(metadata, arch, "attention.head_count"),
         "context": _need(metadata, arch, "context_length"),
         "norm_eps": decimal(_need(metadata, arch, gguf["norm_key"])),
-        "activation": gguf["activation"][0],
+        "activation": next(iter(gguf["activation"]), None),
         "vocab": embedding.shape[0],
         "tied": "output.weight" not in tensors,
     }
     found["kv_heads"] = metadata.get(f"{arch}.attention.head_count_kv", found["heads"])
-    found["head_dim"] = metadata.get(f"{arch}.attention.key_length", found["hidden"] // found["heads"])
+    found["head_dim"] = metadata.get(f"{arch}.attention.key_length", found["hidden"] // max(found["heads"], 1))
     for suffix, name in gguf.get("keys", {}).items():
         if f"{arch}.{suffix}" in metadata:
             found[name] = metadata[f"{arch}.{suffix}"]
@@ -107,15 +113,38 @@ def _config(architecture: Architecture, metadata: Metadata, tensors: Mapping[str
     config["tie_word_embeddings"] = found["tied"]
     for name, alternatives in architecture.config.items():
         first = str(alternatives[0] if isinstance(alternatives, list) else alternatives)
-        if first.isidentifier() and name in found:
+        if first.isidentifier() and found.get(name) is not None:
             config[first] = found[name]
+    config |= _demanded(architecture, config, int(found["layers"]))
     if gguf["rope"] != "none":
-        config["rope_parameters"] = rope_parameters(metadata, arch, found, tensors)
+        config["rope_parameters"] = rope_parameters(
+            metadata, arch, found, tensors, partial="rotary" in architecture.config
+        )
     for kind in ("bos", "eos", "padding"):
         number = metadata.get(f"tokenizer.ggml.{kind}_token_id")
         if number is not None:
             config[f"{kind.replace('padding', 'pad')}_token_id"] = int(number)
     return config | _biases(tensors)
+
+
+def _demanded(architecture: Architecture, config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """What the loader's graph does in every case, in the config's words: what a file of this architecture says."""
+    found: dict[str, Any] = {}
+    for rule in (architecture.gguf or {}).get("requires", ()):
+        key = rule["key"]
+        if key in config or "." in key or "when" in rule:
+            continue
+        if len(rule.get("allowed", ())) == 1:
+            found[key] = rule["allowed"][0]
+        elif "equals" in rule:
+            found[key] = literal(rule["equals"], architecture.hyper(config))
+        elif "full_every" in rule:
+            period, place = full_layers(rule)
+            kinds = ("sliding_attention", "full_attention")
+            found[key] = [kinds[i % period == place] for i in range(layers)]
+        elif "zero_every" in rule:
+            found[key] = [int(i % int(rule["zero_every"]) != 0) for i in range(1, layers + 1)]
+    return found
 
 
 def _need(metadata: Metadata, arch: str, suffix: str) -> Any:
@@ -128,9 +157,9 @@ def _need(metadata: Metadata, arch: str, suffix: str) -> Any:
 
 
 def _biases(tensors: Mapping[str, Any]) -> dict[str, bool]:
-    """The switches by which Llama classes make biases."""
+    """The switches by which Llama, GLM and their like make biases."""
     return {
-        "attention_bias": "blk.0.attn_output.bias" in tensors,
+        "attention_bias": not {"blk.0.attn_q.bias", "blk.0.attn_output.bias"}.isdisjoint(tensors),
         "mlp_bias": "blk.0.ffn_down.bias" in tensors,
     }
 
@@ -141,13 +170,28 @@ def decimal(value: float) -> float:
 
 
 def rope_parameters(
-    metadata: Metadata, arch: str, found: Mapping[str, Any], tensors: Mapping[str, Any]
+    metadata: Metadata, arch: str, found: Mapping[str, Any], tensors: Mapping[str, Any], *, partial: bool = False
 ) -> dict[str, Any]:
-    """Rotary settings in transformers' words.
+    """Rotary settings in transformers' words; those of sliding layers apart where they have a base of their own.
+
+    `partial` says that the family can rotate a part of each head.
 
     Raises:
         Unsupported: a scaling that config.json cannot say, or factors that are not Llama 3's.
     """
+    parameters = _one_kind(metadata, arch, found, tensors, partial)
+    local = metadata.get(f"{arch}.rope.freq_base_swa")
+    if local is None:
+        return parameters
+    return {
+        "full_attention": parameters,
+        "sliding_attention": {"rope_type": "default", "rope_theta": decimal(local)},
+    }
+
+
+def _one_kind(
+    metadata: Metadata, arch: str, found: Mapping[str, Any], tensors: Mapping[str, Any], partial: bool
+) -> dict[str, Any]:
     from tightship.exporters.gguf_rope import llama3_factors
 
     kind = metadata.get(
@@ -155,7 +199,9 @@ def rope_parameters(
     )
     width = int(metadata.get(f"{arch}.rope.dimension_count", found["head_dim"]))
     parameters: dict[str, Any] = {"rope_theta": decimal(metadata.get(f"{arch}.rope.freq_base", 10000.0))}
-    if width != found["head_dim"]:
+    if width != found["head_dim"] and partial:
+        parameters["partial_rotary_factor"] = width / found["head_dim"]
+    elif width != found["head_dim"]:
         raise Unsupported(f"{arch} rotates {width} of {found['head_dim']} dimensions, which is not mapped back")
     if "rope_freqs.weight" in tensors:
         factors = tensors["rope_freqs.weight"].weight().value()

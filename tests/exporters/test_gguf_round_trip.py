@@ -38,6 +38,10 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+NEOX = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+SPECIAL = {f"{kind}_token_id": 0 for kind in ("pad", "bos", "eos", "cls", "sep")}
+GEMMA = {**SIZES, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8}
+ROUNDED = ("gemma2", "gemma3", "mamba", "t5")  # the file holds a function of some weights
 MODELS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {**SIZES, "attention_bias": True, "mlp_bias": True}),
     "llama-tied": ("LlamaForCausalLM", {**SIZES, "head_dim": 32, "tie_word_embeddings": True}),
@@ -46,6 +50,28 @@ MODELS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "qwen2": ("Qwen2ForCausalLM", SIZES),
     "qwen3": ("Qwen3ForCausalLM", {**SIZES, "head_dim": 16}),
     "mixtral": ("MixtralForCausalLM", {**SIZES, **EXPERTS}),
+    "olmo": ("OlmoForCausalLM", {**SIZES, "eos_token_id": 0, "clip_qkv": 0.5}),
+    "smollm3": ("SmolLM3ForCausalLM", {**SIZES, "num_hidden_layers": 5, "pad_token_id": 0}),
+    "glm4": ("Glm4ForCausalLM", {**SIZES, "head_dim": 16, "pad_token_id": 0}),
+    "phi": ("PhiForCausalLM", SIZES),
+    "gpt-neox": ("GPTNeoXForCausalLM", NEOX),
+    "stablelm": ("StableLmForCausalLM", SIZES),
+    "cohere": ("CohereForCausalLM", {**SIZES, "logit_scale": 0.3}),
+    "gemma2": ("Gemma2ForCausalLM", GEMMA),
+    "gemma3": ("Gemma3ForCausalLM", {**GEMMA, "num_hidden_layers": 6}),
+    "qwen3-moe": (
+        "Qwen3MoeForCausalLM",
+        {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    ),
+    "bloom": ("BloomForCausalLM", {"vocab_size": 512, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
+    "mpt": ("MptForCausalLM", {"vocab_size": 512, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}),
+    "mamba": ("MambaForCausalLM", {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2}),
+    "nomic-bert": ("NomicBertModel", NEOX),
+    "modernbert": ("ModernBertModel", {**NEOX, **SPECIAL, "num_hidden_layers": 4, "local_attention": 12}),
+    "t5": (
+        "T5ForConditionalGeneration",
+        {"vocab_size": 512, "d_model": 64, "d_kv": 12, "d_ff": 96, "num_layers": 2, "num_heads": 4},
+    ),
     "gpt2": (
         "GPT2LMHeadModel",
         {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 0},
@@ -61,10 +87,17 @@ def test_weights_and_logits_come_back(name: str, save_model: Callable, byte_leve
     assert set(back.weights) == set(original.weights)
     for key, weight in original.weights.items():
         assert isinstance(weight, Alias) == isinstance(back.weights[key], Alias)
-        assert np.array_equal(original.resolve(key).value(), back.resolve(key).value()), key
+        first, second = original.resolve(key).value(), back.resolve(key).value()
+        if name in ROUNDED:
+            np.testing.assert_allclose(second, first, rtol=1e-6, atol=1e-7)
+        else:
+            assert np.array_equal(first, second), key
     ids = np.random.default_rng(0).integers(3, 500, (1, 24))
-    first, second = (ModelView(c).outputs(ids)["logits"] for c in (original, back))
-    np.testing.assert_array_equal(first, second)
+    first, second = (next(iter(ModelView(c).outputs(ids).values())) for c in (original, back))
+    if name in ROUNDED:
+        np.testing.assert_allclose(second, first, rtol=1e-3, atol=1e-4)
+    else:
+        np.testing.assert_array_equal(first, second)
 
 
 def test_bert_lacks_its_pooler(save_model: Callable, word_piece: Callable, to_file: Callable) -> None:
