@@ -316,8 +316,8 @@ def test_a_checkpoint_that_does_not_fit_the_scheme_is_exit_2() -> None:
     ("target", "error", "message"),
     [
         (Target("safetensors", "w9a16"), UsageError, "did you mean"),
-        (Target("safetensors", "fp8", {"granularity": "word"}), UsageError, "known: tensor, channel, block"),
-        (Target("safetensors", None, {"format": "exl2"}), UsageError, "known: compressed-tensors, gptq"),
+        (Target("safetensors", "fp8", {"granularity": "word"}), UsageError, "granularity 'word' is unknown"),
+        (Target("safetensors", None, {"format": "exl2"}), UsageError, "format 'exl2' is unknown"),
         (Target("safetensors", "w4a16", {"groups": 32}), UsageError, "did you mean 'group'"),
         (Target("safetensors", "w4a16", {"group": 0}), UsageError, "number of columns"),
         (Target("safetensors", "w4a16", {"include": ["embeddings"]}), UsageError, "include knows"),
@@ -348,13 +348,15 @@ def test_what_the_container_cannot_say_is_refused(tmp_path: Path) -> None:
         exporter.plan(quantized(gpt2, every_linear(gpt2, "int4")), target)
 
 
-def test_a_shared_matrix_is_not_packed(tmp_path: Path) -> None:
-    untied = random_model("llama", tmp_path / "in")
-    shared = quantized(untied, {"lm_head.weight": "int4"}).with_weights(
-        {"model.layers.0.mlp.up_proj.weight": Alias("lm_head.weight")}
-    )
-    with pytest.raises(Unsupported, match="shares this tensor"):
-        SafetensorsExporter().plan(shared, Target("safetensors"))
+def test_a_matrix_that_blocks_share_is_written_for_each(tmp_path: Path) -> None:
+    """transformers knows no ties between blocks, so it reads a copy for each."""
+    owner, borrower = (f"model.layers.{i}.mlp.up_proj" for i in (0, 1))
+    whole = quantized(random_model("llama", tmp_path / "in"), {f"{owner}.weight": "int4"})
+    shared = whole.with_weights({f"{borrower}.weight": Alias(f"{owner}.weight")})
+    write(shared, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for part in ("weight_packed", "weight_scale", "weight_shape"):
+        assert torch.equal(stored[f"{owner}.{part}"], stored[f"{borrower}.{part}"])
 
 
 def test_nan_is_exit_5_and_named(tmp_path: Path) -> None:
