@@ -29,6 +29,7 @@ KNOWS_THE_ROOMS = {
     "recipe",
     "gguf_source",
     "doctor",
+    "logprobs",
 }
 HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "mobius", "cyllama", "optimum", "onnxscript"}
 

@@ -326,6 +326,40 @@ def doctor(as_json: bool, quiet: bool, verbose: bool) -> int:  # noqa: ARG001
     return code
 
 
+@cli.command(
+    short_help="Store a teacher's likeliest next tokens.",
+    help="""
+\b
+Examples:
+  tightship logprobs MODEL --text novel.txt -o teacher.safetensors
+  tightship logprobs teacher.gguf --text novel.txt --top 64 -o teacher.safetensors
+
+Run TEACHER (a checkpoint in torch, an ONNX artifact in ONNX Runtime, a .gguf file in llama.cpp) on a text and store the
+likeliest tokens after each position: the input `logprobs` of the pass `distill`.
+""",
+)
+@click.argument("teacher", type=click.Path(path_type=Path))
+@click.option("--text", type=click.Path(path_type=Path), required=True, help="What the teacher reads.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="A new .safetensors file.")
+@click.option("--top", type=int, default=256, show_default=True, help="Tokens to keep for each position.")
+@click.option("--temperature", type=float, default=1.0, show_default=True, help="That of the distillation.")
+@click.option("--tokens", type=int, default=65536, show_default=True, help="Tokens of text in all.")
+@click.option("--sequence", type=int, default=128, show_default=True, help="Tokens of a window.")
+@click.option("--threads", type=click.IntRange(1), default=1, help="Threads to use.")
+@shared_options
+def logprobs(teacher: Path, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> int:  # noqa: ARG001
+    """`tightship logprobs`."""
+    from tightship.logprobs import write_logprobs
+
+    with progress_display(quiet=quiet or as_json) as progress:
+        written = write_logprobs(teacher, **options, progress=progress)
+    if as_json:
+        emit(envelope(0, result=written.to_json()))
+    elif not quiet:
+        emit(written.summary())
+    return 0
+
+
 @cli.group(
     short_help="List or free kept stages.", help="The stage store: what finished stages are kept, and how to free them."
 )

@@ -93,6 +93,15 @@ def open_directory(
     return checkpoint.replace(source=checkpoint.source.hashed(progress)) if hashed else checkpoint
 
 
+def open_small_files(path: Path) -> Checkpoint:
+    """A directory's config.json and tokenizer as a checkpoint without weights: an artifact that a runtime will run."""
+    folder = Folder(path)
+    config = read_config(folder)
+    return Checkpoint(
+        path.name, config, {}, folder.small_files(), architecture_for(config), Source(path.name, None, ())
+    )
+
+
 def _open_file(path: Path, hashed: bool, progress: Progress) -> Checkpoint:
     if path.suffix.lower() != ".gguf":
         raise UsageError(
