@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,7 @@ def solve_blocks(
     untouched = BlockWalk(view, windows).steps() if drift else None
     blocks = len(walk.blocks)
     changed: _Weights = {}
+    tokens: dict[str, int] = {}
     for step in walk.steps(outside=wanted):
         run.progress("calibrated blocks", step.index, blocks)
         pair = (step, next(untouched) if untouched is not None and step.index < blocks else None)
@@ -175,9 +176,21 @@ def solve_blocks(
         for name, weight in solved.items():
             step.write(name, weight)
             run.report(name, figures[name])
+            tokens[name] = int(figures[name]["tokens"])
         changed.update(solved)
     run.progress("calibrated blocks", blocks, blocks)
+    _tell_thin(checkpoint, tokens, run)
     return changed
+
+
+def _tell_thin(checkpoint: Checkpoint, tokens: Mapping[str, int], run: Run) -> None:
+    """Report matrices, experts above all, that fewer tokens reached than they have input channels."""
+    thin = {name: count for name, count in tokens.items() if count < checkpoint.resolve(name).shape[1]}
+    if thin:
+        fewest = min(thin, key=lambda name: (thin[name], name))
+        unreached = sum(count == 0 for count in thin.values())
+        found: Figures = {"count": len(thin), "unreached": unreached, "tokens": thin[fewest], "fewest": fewest}
+        run.report("thinly calibrated matrices", found)
 
 
 def _solve_block(

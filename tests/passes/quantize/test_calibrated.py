@@ -253,3 +253,17 @@ def test_a_correction_is_the_best_of_its_rank(ember: Checkpoint) -> None:
         singular = np.linalg.svd(x[info.name] @ (weight.base.value() - w).T, compute_uv=False)
         assert (left**2).sum() == pytest.approx((singular[8:] ** 2).sum(), rel=0.05)
         assert figures[info.name]["loss_compensated"] < figures[info.name]["loss"]
+
+
+def test_experts_that_few_tokens_reached_are_told(tiny: Callable[[str], Checkpoint]) -> None:
+    checkpoint = tiny("mixtral")
+    figures: Figures = {}
+    windows = list(np.random.default_rng(0).integers(0, 96, (2, 16)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tightship.passes.calibration.calibration_windows", lambda *_: windows)
+        Quantize(solver="importance", layout="int4").apply(checkpoint, run_with(figures))
+    told = figures["thinly calibrated matrices"]
+    linears = {info.name: info.shape[1] for info in checkpoint.linears()}
+    thin = {name: figures[name]["tokens"] for name, width in linears.items() if figures[name]["tokens"] < width}
+    assert told["count"] == len(thin) > 0
+    assert told["tokens"] == min(thin.values()) == thin[told["fewest"]]
