@@ -8,7 +8,7 @@ recovery (`recover: full`) on the same text's later part. Each smaller model is 
 and run in llama.cpp, ONNX Runtime and transformers; `runs` says in how many of the three it did.
 
 Speed: a random Llama of 30 blocks, 576 wide, 9 query and 3 key heads, MLP 1536, vocabulary 49152 (135M), float32,
-against itself with the same share of MLP channels and hidden width cut, in llama.cpp and ONNX Runtime, taking turns.
+against itself with a share of the MLP channels and the same share of blocks cut, in llama.cpp and ONNX Runtime.
 
 Writes structured-NAME.json and .md, or structured-speed.json and .md.
 """
@@ -132,8 +132,9 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
         export(whole, folder / "dense", ("gguf", "onnx"))
         sizes = {"dense": 1.0}
         for share in options.shares:
-            step = pass_for("prune-structured", {"ffn": share, "width": share})
-            smaller = step.outline(whole)  # which units go does not matter for speed
+            smaller = pass_for("prune-structured", {"ffn": share}).outline(whole)  # which go does not matter for speed
+            count = round(share * int(whole.hyper["layers"]))
+            smaller = pass_for("drop-layers", {"count": count}).outline(smaller)
             export(smaller, folder / f"{share:.0%}", ("gguf", "onnx"))
             sizes[f"{share:.0%}"] = parameters(smaller) / parameters(whole)
         found = subjects(folder)
@@ -191,7 +192,7 @@ def quality_table(report: dict[str, Any]) -> str:
 
 
 def speed_table(report: dict[str, Any]) -> str:
-    lines = ["# Speed of a 135M Llama with MLP channels and hidden width cut", ""]
+    lines = ["# Speed of a 135M Llama with MLP channels and blocks cut", ""]
     lines += [
         "Ratios to the dense model in the same runtime, medians over rounds; float32, prompt of 64, 16 decoded.",
         "",

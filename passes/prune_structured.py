@@ -22,7 +22,7 @@ from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported, UsageError
 from tightship.passes.base import Needs, Pass, Run
 from tightship.passes.hessian import DAMP
-from tightship.passes.spaces import Space, count_kept, space_of
+from tightship.passes.spaces import Space, counts_kept, space_of
 
 _SHARES = ("experts", "heads", "ffn", "width")
 
@@ -84,10 +84,7 @@ class PruneStructured(Pass):
         Raises:
             UsageError: rounding leaves nothing to remove.
         """
-        return {
-            name: count_kept(checkpoint, space, self.shares[name], self.multiple)
-            for name, space in self.spaces(checkpoint).items()
-        }
+        return counts_kept(checkpoint, {n: s for n, s in self.shares.items() if s}, self.multiple)
 
     def outline(self, checkpoint: Checkpoint) -> Checkpoint:
         from tightship.passes.structural import narrowed

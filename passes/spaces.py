@@ -92,13 +92,32 @@ _MAKERS: dict[str, Callable[[Any, Any], Space]] = {
 }
 
 
-def count_kept(checkpoint: Checkpoint, space: Space, share: float, multiple: int) -> int:
-    """Units that stay where `share` of them is to go: the nearest number that is allowed.
+def counts_kept(checkpoint: Checkpoint, shares: Mapping[str, float], multiple: int) -> dict[str, int]:
+    """Units of each space that stay where `shares` of them are to go: the nearest numbers that are allowed.
 
     Raises:
+        Unsupported: see `space_of`.
         UsageError: the nearest allowed number is all of them.
     """
-    allowed = [n for n in range(1, space.units + 1) if _allowed(checkpoint, space, n, multiple)]
+    hyper, counts = checkpoint.hyper, dict[str, int]()
+    for name, share in shares.items():
+        space = space_of(checkpoint, name)
+        allowed = [n for n in range(1, space.units + 1) if n * space.channels % multiple == 0]
+        if name == "experts":
+            allowed = [n for n in allowed if n >= int(hyper["experts_used"])]
+        # transformers refuses heads that do not divide the stream, although the config has a head size of its own
+        divisor = checkpoint.architecture.prunable.get("heads") == "divisor"
+        if name == "heads" and divisor and "width" not in shares:
+            allowed = [n for n in allowed if int(hyper["hidden"]) % (n * space.widths["heads"]) == 0]
+        if name == "width" and divisor:
+            queries = int(hyper["heads"]) // int(hyper["kv_heads"])
+            heads = counts.get("heads", int(hyper["kv_heads"])) * queries
+            allowed = [n for n in allowed if n % heads == 0]
+        counts[name] = _nearest(space, allowed, share, multiple)
+    return counts
+
+
+def _nearest(space: Space, allowed: list[int], share: float, multiple: int) -> int:
     wanted = (1 - share) * space.units
     found = min([*allowed, space.units], key=lambda n: (abs(n - wanted), n))
     if found == space.units:
@@ -109,12 +128,3 @@ def count_kept(checkpoint: Checkpoint, space: Space, share: float, multiple: int
             hint=f"nearest shares: {', '.join(smaller)}" if smaller else "a smaller `multiple`",
         )
     return found
-
-
-def _allowed(checkpoint: Checkpoint, space: Space, count: int, multiple: int) -> bool:
-    if space.name == "experts":
-        return count >= int(checkpoint.hyper["experts_used"])
-    divisor = space.name == "heads" and checkpoint.architecture.prunable["heads"] == "divisor"
-    if divisor and int(checkpoint.hyper["hidden"]) % (count * space.widths["heads"]):
-        return False  # transformers refuses such a config, although it has a head size of its own
-    return count * space.channels % multiple == 0

@@ -14,7 +14,7 @@ from tightship.modelview import ModelView
 from tightship.passes import pass_for
 from tightship.passes.base import Run
 from tightship.passes.silence import silenced, unit_costs
-from tightship.passes.spaces import space_of
+from tightship.passes.spaces import counts_kept, space_of
 from tightship.passes.structural import cut_silent
 from tightship.weights import Dense
 
@@ -184,6 +184,14 @@ def test_what_cannot_be_asked_for(
 ) -> None:
     with pytest.raises(error):
         pass_for("prune-structured", options).requires(tiny("llama"))
+
+
+def test_transformers_wants_llamas_stream_in_multiples_of_its_heads(tiny: Callable[[str], Checkpoint]) -> None:
+    nine = tiny("llama").replace(config={**tiny("llama").config, "hidden_size": 144, "num_attention_heads": 9,
+                                         "num_key_value_heads": 3, "head_dim": 16})  # fmt: skip
+    assert counts_kept(nine, {"width": 0.3}, 8) == {"width": 72}  # 104 and 96 are no multiples of 9
+    assert counts_kept(nine, {"heads": 0.34, "width": 0.2}, 8) == {"heads": 2, "width": 120}
+    assert counts_kept(tiny("qwen3"), {"width": 0.06}, 4) == {"width": 60}  # no such rule there
 
 
 @pytest.mark.parametrize("name", ["mixtral", "llama-tied"])
