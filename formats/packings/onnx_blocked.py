@@ -12,8 +12,8 @@ Right operand of a MatMul, weight (N, K) = (out, in) turned to (K, N), axis 0:
 One scale a row and 8 bits, as integer kernels want it: codes INT8 (K, N), scales FLOAT (N), axis 1, no `block_size`.
 
 With a free minimum the codes are UINT4 / UINT8 and the zero point is 0. The table of a lookup lies in the same way, so
-that a head which shares it runs at full speed (a Transpose behind DequantizeLinear is not fused: the table would be
-decoded for every token). Its codes are INT8, since Gather takes no narrower type everywhere; it has zero points.
+that a head which shares it needs no Transpose. Its codes are INT8, since Gather takes no narrower type everywhere; it
+has zero points. ONNX Runtime fuses what one node reads: a table that lookup and head share is decoded for every token.
 
 Definition: DequantizeLinear-21 of ONNX; INT4 packing: docs/docsgen/source/technical/int4.md of ONNX.
 """

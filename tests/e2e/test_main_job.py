@@ -259,9 +259,9 @@ def test_inspect_without_torch(main_job: Any, tightship_command: Callable[..., A
     planned = {t["id"]: t["bits_per_weight"] for t in main_job.body["result"]["targets"]}
     weights = sum(math.prod(a.shape) for a in source_linears().values()) + 1024 * 256 + 5 * 256
     for container, file in files.items():
-        rotary = 2 * 512 * 32 + 1 if container == "onnx" else 0  # tables of cosines and sines, and a constant
-        assert file["weights"] == weights + rotary, container
-        assert file["tensor_bytes"] == pytest.approx(planned[container] * weights / 8 + 4 * rotary, rel=0.003)
+        constants = 64 if container == "onnx" else 0  # at most: 32 frequencies of the rotary embedding, shapes, scalars
+        assert weights <= file["weights"] <= weights + constants, container
+        assert file["tensor_bytes"] == pytest.approx(planned[container] * weights / 8, rel=0.003)
 
 
 @pytest.mark.slow

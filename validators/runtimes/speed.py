@@ -20,11 +20,13 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+from tightship.errors import Unsupported
 
 _IDS = 100  # every vocabulary has as many
 _KIB = 1024
@@ -45,6 +47,7 @@ def run(job: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[dict[str, A
 
     Raises:
         ImportError: the runtime is not installed.
+        Unsupported: the model does not take tokens.
     """
     make = ENGINES[job["runtime"]]()
     libraries = _peak()
@@ -78,6 +81,11 @@ def _peak() -> int:
     return int(line.split()[1]) * _KIB
 
 
+def _demand_text(inputs: Iterable[str]) -> None:
+    if "input_ids" not in inputs:
+        raise Unsupported(f"bench feeds tokens, this model takes {', '.join(inputs)}")
+
+
 # --- engines: each function imports its libraries and returns what opens a model ---------------------------------
 
 
@@ -94,6 +102,7 @@ def _onnx_runtime() -> Callable[[dict[str, Any]], Engine]:
         def __init__(self, job: dict[str, Any]) -> None:
             path = Path(job["artifact"]) / job["main"]
             self.graph = Graph(open_session(path, "shipped", int(job["threads"])))
+            _demand_text(self.graph.inputs)
             self.decode = self._decode if self.graph.past else None
 
         def prefill(self, ids: np.ndarray) -> None:
@@ -187,6 +196,7 @@ def _transformers() -> Callable[[dict[str, Any]], Engine]:
             self.model = transformers_client.load(
                 directory, json.loads((directory / "config.json").read_text()), "shipped"
             )
+            _demand_text([self.model.main_input_name])
             self.decode = self._decode if self.model.can_generate() else None
 
         @torch.inference_mode()
