@@ -16,6 +16,7 @@ Quantized layouts go in as they are; a scheme is what llama-quantize calls a fil
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -76,7 +77,7 @@ class GgufExporter:
         choices = _choices(checkpoint, target, tensors)
         planned: list[TensorPlan] = []
         for tensor in tensors:
-            planned += _planned(tensor, choices.get(tensor.name))
+            planned += _planned(tensor, choices.get(tensor.name), mixed="bytes" in target.options)
         fields, notes = _fields(checkpoint, target, [p.storage for p in planned])
         if target.options.get("adapter") is not None:
             notes.append(f"{ADAPTER} is written beside the model; the proof runs the model without it")
@@ -171,9 +172,12 @@ def _layout(type_name: str, name: str) -> Layout | str:
     return layout
 
 
-def _planned(tensor: FileTensor, choice: gguf_mixes.Choice | None) -> list[TensorPlan]:
+def _planned(tensor: FileTensor, choice: gguf_mixes.Choice | None, *, mixed: bool) -> list[TensorPlan]:
+    """`mixed`: types were chosen within a budget, not by the scheme."""
     wanted = _layout(choice.type_name, tensor.sources[0].name) if choice else None
     type_name, layout = stored_type(tensor, wanted)
+    if choice and choice.type_name != type_name and mixed and isinstance(tensor.weights[0], Quantized):
+        choice = dataclasses.replace(choice, type_name=type_name, reason="within the budget of bytes")
     if choice and choice.type_name != type_name:
         raise UsageError(
             f"{tensor.sources[0].name} is {layout} already, and the scheme wants {choice.type_name}",

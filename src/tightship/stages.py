@@ -127,8 +127,11 @@ def scheme_stage(checkpoint: Checkpoint, target: Target, exporter: Any, recipe: 
 
 
 def for_container(target: Target, recipe: Recipe) -> Target:
-    """The target as its exporter sees it: `solver` said outright, further options of the solver left out."""
-    theirs = _solver_options() - {"solver"}
+    """The target as its exporter sees it: `solver` said outright, further options of the solver left out.
+
+    GGUF hears of `bytes` too: its schemes name every type, and under a budget they are not the ones that are stored.
+    """
+    theirs = _solver_options() - ({"solver", "bytes"} if target.container == "gguf" else {"solver"})
     options = {key: value for key, value in target.options.items() if key not in theirs}
     if is_quantizing(target):
         options["solver"] = _with_solver(dict(target.options), recipe)["solver"]

@@ -17,7 +17,7 @@ from tightship.passes.base import Run
 from tightship.passes.quantize import Quantize
 from tightship.passes.quantize.allocation import Choice, allocate
 from tightship.recipe import Recipe
-from tightship.stages import scheme_stage
+from tightship.stages import for_container, scheme_stage
 from tightship.target import Target
 from tightship.weights import Quantized
 
@@ -70,7 +70,9 @@ def test_the_same_bytes_are_spent_better(ember: Checkpoint, tmp_path: Path) -> N
     again = stage.work.apply(ember, run_with({}, scratch=tmp_path))  # from what was kept
     plain = scheme_stage(ember, Target("gguf", "q4_k_s"), exporter, Recipe())
     assert plain is not None
-    sizes = [exporter.plan(c, Target("gguf", None)).file_bytes for c in (mixed, plain.work.apply(ember, run_with({})))]
+    uniform = plain.work.apply(ember, run_with({}))
+    targets = (for_container(target, Recipe()), Target("gguf", "q4_k_s"))
+    sizes = [exporter.plan(c, t).file_bytes for c, t in zip((mixed, uniform), targets, strict=True)]
     assert 0.99 * sizes[1] < sizes[0] <= sizes[1]
     chosen = {name: w.layout.name for name, w in mixed.weights.items() if isinstance(w, Quantized)}
     assert {n: w.layout.name for n, w in again.weights.items() if isinstance(w, Quantized)} == chosen
