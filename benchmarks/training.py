@@ -36,7 +36,7 @@ Step = tuple[str, dict[str, Any]]
 SPARSE: dict[str, Step] = {
     "70 % magnitude": ("prune", {"method": "magnitude", "sparsity": 0.7}),
     "70 % sparsegpt": ("prune", {"method": "sparsegpt", "sparsity": 0.7}),
-    "25 % of the FFN and heads": ("prune-structured", {"ffn": 0.25}),
+    "25 % of the FFN channels": ("prune-structured", {"ffn": 0.25}),
 }
 RATES = [1e-3, 3e-3]
 SEEDS = [0, 1, 2]
