@@ -28,6 +28,7 @@ from tightship.target import Exported, Progress, Refused, Target, TargetPlan, Te
 from tightship.weights import Alias, Dense, Factored, Quantized, Stored
 
 MAIN = "model.onnx"
+TABLES = ("embedding", "position")  # kinds of tensors whose rows are looked up
 
 
 class OnnxExporter:
@@ -43,7 +44,6 @@ class OnnxExporter:
 
         Raises:
             UsageError: unknown scheme or option.
-            Unsupported: one that is not made yet.
         """
         return layouts_of(checkpoint, target)
 
@@ -65,7 +65,7 @@ class OnnxExporter:
         for name, weight in checkpoint.weights.items():
             if isinstance(weight, Alias) or name in needless:
                 continue
-            table = _kind(checkpoint, name) in ("embedding", "position")
+            table = _kind(checkpoint, name) in TABLES
             answer = storage(weight, style, table=table)
             if isinstance(answer, Refused):
                 nearest = f"nearest layouts: {', '.join(answer.nearest)}" if answer.nearest else None
@@ -73,7 +73,8 @@ class OnnxExporter:
             word, reason = _layout_word(weight)
             tensors.append(TensorPlan(name, name, tuple(weight.shape), word, answer.storage, answer.nbytes, reason))
         total = sum(t.nbytes for t in tensors)
-        return TargetPlan(target, tuple(tensors), total, (*_notes(tensors), *_omissions(needless)))
+        multiplied = speed_notes(t.storage for t in tensors if _kind(checkpoint, t.name) not in TABLES)
+        return TargetPlan(target, tuple(tensors), total, (*_notes(tensors), *multiplied, *_omissions(needless)))
 
     def export(
         self, checkpoint: Checkpoint, plan: TargetPlan, directory: Path, progress: Progress = no_progress
@@ -176,7 +177,7 @@ def _notes(tensors: list[TensorPlan]) -> tuple[str, ...]:
     narrow = sorted({t.storage for t in tensors if t.storage in ("FLOAT16", "BFLOAT16")})
     if narrow:
         notes.append(f"{' and '.join(narrow)} tensors are widened to float32 when ONNX Runtime loads them")
-    return (*notes, *speed_notes(t.storage for t in tensors))
+    return tuple(notes)
 
 
 def _omissions(needless: Mapping[str, str]) -> list[str]:
