@@ -179,10 +179,10 @@ def table(report: dict[str, Any]) -> str:
     lines = [f"# Sparsity on {report['checkpoint']}", "", *(f"- {k}: {v}" for k, v in report["settings"].items())]
     lines += [
         "",
-        "Test perplexity, mean over calibration subsets (least to most). In brackets: 95 % interval of the",
+        "Test perplexity, mean over calibration subsets (least to most); a cell without a range was measured on one.",
+        "In brackets: 95 % interval of the difference in log perplexity to uniform SparseGPT (below: and int4).",
         "",
     ]
-    lines[-2] += " difference in log perplexity to the first row of its kind (SparseGPT, or SparseGPT and int4)."
     for kind, title in (("", "Pruned"), (", int4", "Pruned, then int4 on top")):
         names = [h for h in dict.fromkeys(r["how"] for r in rows) if ("int4" in h) == bool(kind)]
         lines += [f"## {title}", "", "| | " + " | ".join(LEVELS) + " |", "|---|" + "---|" * len(LEVELS)]
