@@ -21,6 +21,7 @@ _MODULES = (
     "smooth",
     "rotate",
     "quantize",
+    "dequantize",
     "recover",
     "share",
     "window",

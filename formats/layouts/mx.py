@@ -117,6 +117,10 @@ class ScaledNVFP4(NVFP4):
     def rows_together(self) -> int:
         return 0
 
+    @property
+    def fitted_whole(self) -> bool:
+        return True
+
     def array_specs(self, shape: tuple[int, int]) -> dict[str, ArraySpec]:
         return {**super().array_specs(shape), "divisor": ArraySpec(np.dtype(np.float32), (shape[0], 1))}
 

@@ -59,7 +59,7 @@ def round_with_feedback(
         importance=diagonal,
         context=Context(np.mean(np.square(w), axis=1)),
     )
-    if not how.actorder:
+    if not (how.actorder or layout.fitted_whole):
         return job.as_they_lie()
     params = layout.fit(w, diagonal, job.context)
     params.pop("codes", None)
@@ -93,7 +93,7 @@ class _Job:
             params = self.layout.fit(block, self.importance[start : start + width], self.context)
             params.pop("codes", None)
             grid = Columns.of(self.layout.grid(params), block.shape, str(self.weights.device))
-            found.append({"codes": self.run(grid, start, start + width), **params})
+            found.append({"codes": self.run(grid, start, start + block.shape[1]), **params})
         whole = {key: np.concatenate([part[key] for part in found], axis=1) for key in found[0]}
         dtype = self.layout.array_specs((len(self.weights), cols))["codes"].dtype
         whole["codes"] = whole["codes"].astype(dtype)

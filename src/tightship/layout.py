@@ -102,6 +102,11 @@ class Layout(ABC):
         return 1
 
     @property
+    def fitted_whole(self) -> bool:
+        """True if a parameter reaches across blocks, so that all are fitted before the first column is rounded."""
+        return False
+
+    @property
     @abstractmethod
     def keeps_zero(self) -> bool:
         """True if 0.0 is sayable in every block, so that pruned weights stay zero."""

@@ -188,6 +188,42 @@ def test_faults_of_gguf(rule: str, gguf_file: Path, monkeypatch: pytest.MonkeyPa
     assert rule in found(gguf_file.parent, runtime)
 
 
+def onnx_directory(folder: Path, *, domain: str, axis: int | None, zero: int) -> Path:
+    """DequantizeLinear in front of a MatMul, and an operator of `domain`."""
+    from onnx import TensorProto, helper, numpy_helper, save
+
+    attributes = {} if axis is None else {"axis": axis}
+    codes, points = np.ones((4, 2), np.uint8 if zero == TensorProto.UINT8 else np.int8), np.zeros(2)
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "s", "z"], ["d"], **attributes),
+        helper.make_node("MatMul" if not domain else "FusedMatMul", ["x", "d"], ["y"], domain=domain),
+    ]
+    values = {"w": codes, "s": np.ones(2, np.float32), "z": points.astype(codes.dtype)}
+    graph = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 2])],
+        [numpy_helper.from_array(array, name) for name, array in values.items()],
+    )  # fmt: skip
+    folder.mkdir()
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]), folder / "model.onnx")
+    decoder = {"filename": "model.onnx"}
+    model = {"type": "llama", "context_length": 64, "vocab_size": 100, "eos_token_id": 2, "decoder": decoder}
+    (folder / "genai_config.json").write_text(json.dumps({"model": model}))
+    return folder
+
+
+def test_rules_of_onnx(tmp_path: Path) -> None:
+    clean = onnx_directory(tmp_path / "clean", domain="", axis=1, zero=3)
+    assert found(clean, "trt") == found(clean, "genai") == set()
+    faulty = onnx_directory(tmp_path / "faulty", domain="com.microsoft", axis=None, zero=2)
+    assert found(faulty, "trt") == {"vendor-operators", "zero-point-types", "axis-said"}
+    config = json.loads((faulty / "genai_config.json").read_text())
+    del config["model"]["eos_token_id"], config["model"]["type"]
+    (faulty / "genai_config.json").write_text(json.dumps(config))
+    assert found(faulty, "genai") == {"genai-config", "genai-eos"}
+
+
 def test_the_command_line(source: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = artifact(source, tmp_path / "out")
     assert main(["lint", str(folder), "--for", "vllm", "--json"]) == 0
