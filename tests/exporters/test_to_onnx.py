@@ -374,8 +374,6 @@ def test_unknown_words_are_refused(ember: Checkpoint) -> None:
         EXPORTER.layout_for(ember, Target("onnx", "int5"))
     with pytest.raises(UsageError, match="no option"):
         EXPORTER.layout_for(ember, Target("onnx", "int4", {"group": 64}))
-    with pytest.raises(Unsupported, match="not made yet"):
-        EXPORTER.layout_for(ember, Target("onnx", "int8-static"))
     with pytest.raises(UsageError, match="judge"):
         OnnxExporter().export(ember, EXPORTER.plan(ember, Target("onnx")), Path("nowhere"), no_progress)
 
