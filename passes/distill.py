@@ -2,9 +2,9 @@
 
 1. The teacher is the input `teacher`, else the checkpoint that the pass is given; the student is cut from the latter
    (`student.py`). So `every: 2` twice in a recipe is a chain teacher -> assistant -> student (arXiv:1902.03393).
-2. White box: `alpha`, `temperature`, `features` (`teaching.py`). Black box: `alpha: 0` and `written`, so many tokens of
-   text that the teacher writes beside what is given; or the input `logprobs`, a file of stored log-probabilities
-   (`tightship logprobs`), whose tokens are then the text.
+2. White box: `alpha`, `temperature`, `features` (`teaching.py`). Black box: `alpha: 0` and text of the teacher's, all
+   of it where no text is given, else `written` tokens beside it; or the input `logprobs`, a file of stored
+   log-probabilities (`tightship logprobs`), whose tokens are then the text.
 3. What earlier passes made of the student is kept as in `recover`: zeros, grids, factors, ties.
 """
 
@@ -96,7 +96,8 @@ class Distill(Training, Pass):
         teacher = None if stored is not None and "teacher" not in run.inputs else given
         if teacher is not None:
             _check_vocabulary(student, teacher)
-        text = stored.lessons(self, run.seed) if stored is not None else lessons(student, run, self)
+        reader = student if run.texts or "data" in run.inputs else given  # who writes the text where there is none
+        text = stored.lessons(self, run.seed) if stored is not None else lessons(reader, run, self)
         if self.written and stored is not None:
             raise UsageError("distill: `written` has no stored log-probabilities", hint="leave out one of the two")
         if self.written:

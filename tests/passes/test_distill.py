@@ -21,7 +21,8 @@ from tightship.passes.distill import Distill, _Pupil
 from tightship.passes.lessons import lessons
 from tightship.passes.logprobs import LogProbs
 from tightship.passes.student import make_student
-from tightship.stage_codec import write_arrays
+from tightship.stage_codec import read_arrays, write_arrays
+from tightship.texts import generated_windows
 from tightship.weights import Alias, Dense
 
 torch = pytest.importorskip("torch")
@@ -178,6 +179,13 @@ def test_chains_masks_and_black_boxes(ember: Checkpoint) -> None:
     assert figures["student"]["held_out_after"] < figures["student"]["held_out_before"]
     with pytest.raises(UsageError, match="vocabulary"):
         how.apply(ember, run_with(inputs={"teacher": make_student({"sizes": {"vocab_size": 512}}, ember, 0)}))
+
+
+def test_without_any_text_the_teacher_writes_it(ember: Checkpoint, tmp_path: Path) -> None:
+    how = Distill(alpha=0.0, student={"every": 2}, tokens=64, sequence=16, batch=2)
+    how.apply(ember, Run(threads=1, scratch=tmp_path))
+    expected = generated_windows(ModelView(ember, threads=1), tokens=64, sequence=16, seed=0)
+    np.testing.assert_array_equal(read_arrays(tmp_path / "written.safetensors", ["ids"])["ids"], np.stack(expected))
 
 
 def test_stored_log_probabilities_teach_like_the_live_teacher(ember: Checkpoint, tmp_path: Path) -> None:
