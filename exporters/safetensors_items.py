@@ -20,6 +20,7 @@ from tightship.target import Exact, Refused
 from tightship.weights import Alias, Dense, Quantized, Stored, check_finite
 
 COMPRESSED = "compressed-tensors"
+_FINE_GRAINED = ("fp8", "fp8-dynamic-g128")  # what the fp8 method says of activations without a word
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,8 @@ def _packing(layout: Layout, method: str, activations: str | None) -> ModulePack
 
 def _check_activations(checkpoint: Checkpoint, method: str) -> None:
     """Raises Unsupported: activations that the method cannot say."""
-    dynamic_tiles = {"fp8-dynamic-g128"}
     for place, activations in checkpoint.activations.items():
-        if method != COMPRESSED and not (method == "fp8" and activations.scheme in dynamic_tiles):
+        if method != COMPRESSED and (method, activations.scheme) != _FINE_GRAINED:
             raise Unsupported(
                 f"{method} cannot say that activations are {activations.scheme}",
                 tensor=place,

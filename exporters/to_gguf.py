@@ -82,6 +82,8 @@ class GgufExporter:
         if target.options.get("adapter") is not None:
             notes.append(f"{ADAPTER} is written beside the model; the proof runs the model without it")
         steered = sum(STEERED in p.reason for p in planned)
+        if checkpoint.activations:
+            notes.append("scales of activations and caches have no place in GGUF: llama.cpp rounds in its own way")
         notes += [f"{steered} pruned tensors are stored in types that keep their zeros"] if steered else []
         computed = _computed(checkpoint)
         planned += [

@@ -155,7 +155,10 @@ def storage_word(plan: TargetPlan, checkpoint: Checkpoint, run: Run) -> str:
     scheme = plan.target.scheme or ""
     if run.runtime == "llama.cpp" and run.kind == "graph" and "gelu" in str(checkpoint.hyper.get("activation", "")):
         return GELU
-    if checkpoint.activations or scheme.startswith(("int8-dynamic", "int8-static")):
+    said = (
+        checkpoint.activations and run.runtime != "llama.cpp"
+    )  # which has no place for them, and rounds in its own way
+    if said or scheme.startswith(("int8-dynamic", "int8-static")):
         return "activations"
     return storage_of(plan)
 

@@ -21,6 +21,7 @@ from tightship.exporters.to_safetensors import SafetensorsExporter
 from tightship.formats.layouts import parse_layout
 from tightship.opening import open_checkpoint
 from tightship.target import Target, no_progress
+from tightship.validators.fidelity import Run, storage_word
 from tightship.weights import Quantized
 
 FIRST = "model.layers.0.self_attn.q_proj"
@@ -82,6 +83,14 @@ def test_what_we_write_opens_again(case: str, source: Checkpoint, tmp_path: Path
             np.testing.assert_array_equal(found[key], array, err_msg=f"{info.name} {key}")
     expected = Activations("fp8-dynamic-g128") if case == "fp8" else inputs
     assert again.activations.get(FIRST) == expected
+
+
+def test_gguf_says_that_scales_of_activations_stay_behind(source: Checkpoint, tmp_path: Path) -> None:
+    written(source, "int8-channel", tmp_path / "out", Activations("int8-static", 0.25))
+    again = open_checkpoint(tmp_path / "out")
+    plan = GgufExporter().plan(again, Target("gguf"))
+    assert any("no place in GGUF" in note for note in plan.notes)
+    assert storage_word(plan, again, Run("llama.cpp", "llama_cpp", "graph")) == "quantized"
 
 
 def in_gguf(checkpoint: Checkpoint, folder: Path) -> dict[str, tuple[str, np.ndarray]]:
