@@ -251,7 +251,7 @@ def _back(weight: Dense | Quantized, info: TensorInfo, hyper: Mapping[str, Any])
     if word is None:
         return weight
     if word in FORMULAS:
-        return computed(weight, FORMULAS[word][1], hyper)
+        return computed(Dense(weight.shape, "f32", weight.value), FORMULAS[word][1], hyper)
     order = np.argsort(row_order(word, weight.shape[0], hyper))
     if isinstance(weight, Quantized):
         return weight.take_rows(order)

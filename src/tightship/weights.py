@@ -21,6 +21,10 @@ Shape = tuple[int, ...]
 _RUN = 1 << 20  # elements that are decoded at a time
 
 
+def _rows_of(array: np.ndarray) -> Callable[[int, int], np.ndarray]:
+    return lambda first, last: array[first:last]
+
+
 @dataclass(frozen=True)
 class Dense:
     """A float or integer array of any rank. `read()` returns it in `dtype`'s NumPy type.
@@ -44,10 +48,9 @@ class Dense:
 
     def runs(self, step: int) -> Iterator[np.ndarray]:
         """Entries of the first axis, `step` at a time: one after the other from the source, where it can."""
-        whole = self.read() if self.read_rows is None else None
+        read = self.read_rows or _rows_of(self.read())
         for first in range(0, self.shape[0], step):
-            last = min(first + step, self.shape[0])
-            yield self.read_rows(first, last) if self.read_rows is not None else whole[first:last]
+            yield read(first, min(first + step, self.shape[0]))
 
     def value(self) -> np.ndarray:
         """float32 copy or view. bf16, f16 and f32 widen exactly."""
