@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tightship.architecture import Architecture
 from tightship.errors import Unsupported
 from tightship.exporters.onnx_candidates.graph_edits import OPSET, name_contract, quiet, split_gemms
-from tightship.exporters.onnx_candidates.skeleton import DECODER_TASKS, Feed, Skeleton, outputs_of
+from tightship.exporters.onnx_candidates.skeleton import DECODER_TASKS, IMAGES, Feed, Skeleton, outputs_of
 from tightship.exporters.onnx_candidates.tensor_views import meta_tensors, view_of
 
 if TYPE_CHECKING:
@@ -106,7 +106,10 @@ def _export(module: Any, architecture: Architecture) -> ir.Model:
     decoder = architecture.task in DECODER_TASKS
     heads = cache_heads(module) if decoder else []
     arguments, names, axes = _inputs(module, architecture.task, heads)
-    wrapper = _decoder(module) if decoder else _encoder(module, names, outputs_of(architecture))
+    if architecture.task == IMAGES:
+        wrapper = _images(module)
+    else:
+        wrapper = _decoder(module) if decoder else _encoder(module, outputs_of(architecture))
     cache = [f"{i}.{part}" for i in range(len(heads)) for part in ("key", "value")]
     outputs = [*outputs_of(architecture), *(f"present.{name}" for name in cache)]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), quiet("torch"):
@@ -179,7 +182,21 @@ def _decoder(module: Any) -> Any:
     return Decoder()
 
 
-def _encoder(module: Any, names: Sequence[str], outputs: tuple[str, ...]) -> Any:
+def _images(module: Any) -> Any:
+    import torch
+
+    class Images(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = module
+
+        def forward(self, pixel_values: Any) -> Any:
+            return self.model(pixel_values=pixel_values).logits
+
+    return Images()
+
+
+def _encoder(module: Any, outputs: tuple[str, ...]) -> Any:
     import torch
 
     class Encoder(torch.nn.Module):
@@ -187,9 +204,10 @@ def _encoder(module: Any, names: Sequence[str], outputs: tuple[str, ...]) -> Any
             super().__init__()
             self.model = module
 
-        def forward(self, *given: Any) -> Any:
+        def forward(self, input_ids: Any, attention_mask: Any, token_type_ids: Any = None) -> Any:
+            types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
             both = "logits" in outputs and "last_hidden_state" in outputs
-            out = self.model(**dict(zip(names, given, strict=True)), output_hidden_states=both)
+            out = self.model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=both, **types)
             return tuple(out[name] if name in out else out.hidden_states[-1] for name in outputs)
 
     return Encoder()

@@ -33,11 +33,6 @@ def decoder(net: Network) -> None:
     net.present()
 
 
-def answer(net: Network, word: str | bool) -> bool:
-    """A fact of the family, or the config's word on it."""
-    return bool(net.option(word)) if isinstance(word, str) else word
-
-
 def _embedded(net: Network, ids: ir.Value, positions: ir.Value) -> ir.Value:
     x = net.lookup("token_embd", ids)
     if net.has(None, "token_embd_proj"):
@@ -83,12 +78,12 @@ def _rotates(net: Network, block: int, kind: str) -> bool:
 def _block(net: Network, block: int, x: ir.Value, sight: Sight) -> ir.Value:
     """Attention and MLP with their norms: before, behind, or side by side."""
     scale = float(net.option(net.family.residual_scale)) if net.family.residual_scale else 1.0
-    if isinstance(net.family.post_norm, str) and not net.option(net.family.post_norm):
+    if net.family.post_norm and not net.option(net.family.post_norm):
         x = net.norm(net.op("Add", x, attention(net, block, x, sight)), block, "attn_norm")
         return net.norm(net.op("Add", x, feed_forward(net, block, x)), block, "ffn_norm")
     before = net.normed(x, block, "attn_norm")
     attended = net.normed(attention(net, block, before, sight), block, "attn_post_norm")
-    if answer(net, net.family.parallel):
+    if net.answer(net.family.parallel):
         inner = net.norm(x, block, "ffn_norm") if net.has(block, "ffn_norm") else before
         return net.op("Add", x, net.scaled(net.op("Add", attended, feed_forward(net, block, inner)), scale))
     x = net.op("Add", x, net.scaled(attended, scale))

@@ -76,7 +76,9 @@ def _sights(net: Network, ids: ir.Value, mask: ir.Value, layers: int) -> list[Si
     if net.has(0, "attn_q_global"):
         chosen = global_tokens(net)
         windows = [int(window) for window in net.option("attention_window")]
-        masks = {w: hidden_where_not(net, global_tokens_or_near(net, ids, kept, chosen, w)) for w in set(windows)}
+        masks = {
+            w: hidden_where_not(net, global_tokens_or_near(net, ids, kept, chosen, w)) for w in dict.fromkeys(windows)
+        }
         everything = net.op("Expand", hidden_where_not(net, kept), square)
         return [Sight(masks[w], chosen=chosen, everything=everything) for w in windows]
     whole = net.op("Expand", hidden_where_not(net, kept), square)

@@ -41,7 +41,7 @@ class Family:
         sinusoidal: positions are sines and cosines, computed (XGLM).
         rotary_width: config key of the rotated width, where the base is 10000 and nothing scales it (GPT-J).
         parallel: attention and MLP read the same stream and are added together; a config key, or the answer.
-        post_norm: norms behind the residual sum (BERT), if this config key is false (OPT) or the answer.
+        post_norm: config key that puts norms behind the residual sums where it is false (OPT).
         interleaved: rotation pairs neighbours (GPT-J), not halves.
         rotated: which layers rotate: `all`, `sliding` ones only, or a config key with one flag a layer.
         fused: order of queries, keys and values in one matrix: `parts`, `groups` of heads around each key head, or
@@ -70,7 +70,7 @@ class Family:
     sinusoidal: bool = False
     rotary_width: str | None = None
     parallel: str | bool = False
-    post_norm: str | bool = False
+    post_norm: str | None = None
     interleaved: bool = False
     rotated: str = "all"
     fused: str = "parts"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tightship.exporters.onnx_candidates.network import Network
+from tightship.exporters.onnx_candidates.skeleton import BATCH, SEQUENCE
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -46,7 +47,7 @@ def experts(net: Network, block: int, x: ir.Value) -> ir.Value:
         total = net.op("ScatterND", total, places, found, reduction="add")
     if net.has(block, "ffn_up_shexp"):
         total = net.op("Add", total, _shared(net, block, flat))
-    return net.shaped(net.op("Reshape", total, net.op("Shape", x)), tuple(x.shape or ()))
+    return net.shaped(net.op("Reshape", total, net.op("Shape", x)), (BATCH, SEQUENCE, net.width))
 
 
 def _of_stack(net: Network, block: int, x: ir.Value, expert: int) -> ir.Value:
@@ -81,14 +82,10 @@ def _shares(net: Network, block: int, flat: ir.Value) -> ir.Value:
     values, chosen = net.ops("TopK", scores, net.integers(int(used)), outputs=2, axis=-1)
     if routing.late:
         values = net.op("Softmax", values, axis=-1)
-    elif _answer(net, routing.renormalized):
+    elif net.answer(routing.renormalized):
         values = net.op("Div", values, net.op("ReduceSum", values, net.integers(-1), keepdims=1))
     empty = net.op("Mul", scores, net.number(0.0))
     return net.op("ScatterElements", empty, chosen, values, axis=1)
-
-
-def _answer(net: Network, word: str | bool) -> bool:
-    return bool(net.option(word)) if isinstance(word, str) else word
 
 
 def _shared(net: Network, block: int, flat: ir.Value) -> ir.Value:

@@ -30,12 +30,11 @@ def global_attention(net: Network, block: int, x: ir.Value, sight: Sight) -> ir.
     """Local projections for everyone; global tokens get what the global projections give instead."""
     size = int(net.hyper["head_dim"])
     count = int(net.hyper["heads"])
-    local, wide = (
-        plain(
-            net, block, Parts(*(net.linear(x, block, f"attn_{p}{end}") for p in "qkv"), count, count, size**-0.5), m, ()
-        )
-        for end, m in (("", sight.mask), ("_global", sight.everything))
-    )
+    seen = []
+    for end, mask in (("", sight.mask), ("_global", sight.everything)):
+        query, key, value = (net.linear(x, block, f"attn_{part}{end}") for part in "qkv")
+        seen.append(plain(net, block, Parts(query, key, value, count, count, size**-0.5), mask, ()))
+    local, wide = seen
     chosen = net.op("Unsqueeze", sight.chosen, net.integers(2))
     y = net.shaped(net.op("Where", chosen, wide, local), (BATCH, SEQUENCE, count * size))
     return net.linear(y, block, "attn_output")

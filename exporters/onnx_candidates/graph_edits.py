@@ -98,7 +98,8 @@ def fix_axes(model: ir.Model, sizes: Mapping[str, int]) -> None:
     made = (value for node in graph for value in node.outputs)
     for value in (*graph.inputs, *graph.outputs, *made):
         if value.shape is not None:
-            value.shape = ir.Shape([sizes.get(getattr(axis, "value", axis), axis) for axis in value.shape])
+            named = [(axis if isinstance(axis, int) else axis.value, axis) for axis in value.shape]
+            value.shape = ir.Shape([sizes.get(name, axis) if isinstance(name, str) else axis for name, axis in named])
 
 
 def split_gemms(model: ir.Model) -> None:

@@ -76,6 +76,10 @@ class Network(GraphBuilder):
         value = getattr(self.resolved, key, None)
         return default if value is None else value
 
+    def answer(self, word: str | bool) -> bool:
+        """A fact of the family, or the config's word on it."""
+        return bool(self.option(word)) if isinstance(word, str) else word
+
     @cached_property
     def rotary(self) -> Any:
         """transformers' rotary embedding of this config: frequencies and scaling."""

@@ -17,6 +17,7 @@ from tightship.modelview import ModelView
 from tightship.validators import parity, parity_model
 from tightship.validators.parity import ParityJudge
 from tightship.validators.runtimes.onnx_runtime import Graph, open_session
+from tightship.weights import Alias
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 1e-5
@@ -26,6 +27,13 @@ STEPS, PROMPT = 64, 6
 LENGTHS = {"one": [6], "left": [6, 4, 5, 2], "right": [6, 4, 5, 2]}  # of the prompts
 STEPPED = ("MistralForCausalLM", "Gemma3ForCausalLM", "GPT2LMHeadModel", "BloomForCausalLM", "MptForCausalLM")
 STEPPED += ("MixtralForCausalLM", "GptOssForCausalLM")
+# Kinds of model, and the biases of keys that no output can show.
+SEEN: dict[str, tuple[str, ...]] = {
+    "GptOssForCausalLM": (),
+    "DebertaV2ForMaskedLM": (),
+    "LongformerForMaskedLM": ("key.bias", "key_global.bias"),
+    "ViTForImageClassification": ("key.bias",),
+}
 
 
 def load_tool() -> ModuleType:
@@ -103,3 +111,24 @@ def test_64_steps_through_the_cache_are_one_pass(kind: str, monkeypatch: pytest.
             got = graph.decode(arrays, PROMPT)["logits"]
             kept = arrays["attention_mask"].astype(bool)
             assert parity.relative_l2(got[kept], expected[kept]) <= 1e-5, (mode, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SEEN)
+def test_every_dropped_parameter_is_seen(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Zero a parameter of the first block or outside them (set a norm's scale to one) in what the graph gets: red.
+
+    A bias on keys adds the same to every score of a query where nothing rotates it, so softmax does not see it.
+    """
+    monkeypatch.setattr(parity, "MODES", ("graph",))
+    model = next(m for m in MODELS if m.kind == kind)
+    small = parity_model.small_checkpoint(TOOL.outline(model))
+    expected = [case for case in parity.references(small) if case[0].name in ("short", "batch")]
+    infos = small.infos()
+    names = [n for n, w in small.weights.items() if not isinstance(w, Alias) and not infos[n].block]
+    for index, name in enumerate(n for n in names if not n.endswith(SEEN[kind])):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        parity.write_candidate(DirectCandidate(), parity.without(small, name), folder)
+        worst = max(value for _, value in parity.measure(folder / "model.onnx", expected))
+        assert worst > 1e-3, f"dropping {name} moved the outputs by {worst:.1e} only"
