@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ class MomentSums:
 class DriftSums:
     """Collects drift from two steps of the same block, one on untouched weights."""
 
-    def __init__(self, untouched: BlockStep, step: BlockStep, experts: Collection[str]) -> None:
+    def __init__(self, untouched: BlockStep, step: BlockStep, experts: Set[str]) -> None:
         self._sums: dict[str, Any] = {}
         self._tokens = 0
         for before, now in zip(untouched.inputs(), step.inputs(), strict=True):

@@ -114,7 +114,9 @@ def _mean(checkpoint: Checkpoint, names: Sequence[str]) -> Dense:
     target = dtype(first.dtype).numpy
 
     def read() -> np.ndarray:
-        total = sum(checkpoint.resolve(name).value().astype(np.float64) for name in names)
+        total = np.zeros(first.shape)
+        for name in names:
+            total += checkpoint.resolve(name).value()
         return (total / len(names)).astype(np.float32).astype(target)
 
     return Dense(tuple(first.shape), first.dtype, read)

@@ -97,7 +97,7 @@ class OnnxStored:
     def _piece(self, operands: Mapping[str, onnx.TensorProto], cols: int) -> Piece:
         arrays = {key: self.graph.array(tensor) for key, tensor in operands.items()}
         if "table" in arrays:
-            return Piece(arrays["codes"].T, np.float32(1), table=arrays["table"])
+            return Piece(arrays["codes"].T, np.ones((), np.float32), table=arrays["table"])
         if "codes" not in arrays:
             arrays = self._unpacked(operands["B"].name, arrays)
         elif arrays["scales"].ndim == 1:  # one for each row of the weight, which is a column of the turned codes

@@ -26,6 +26,7 @@ from tightship.checkpoint import Checkpoint
 from tightship.durable import write_file
 from tightship.errors import Unsupported, UsageError
 from tightship.formats.layouts import parse_layout
+from tightship.formats.layouts.affine import Affine
 from tightship.formats.packings.compressed_tensors import packed_specs
 from tightship.formats.packings.ggml import ggml_type_for, row_bytes
 from tightship.formats.packings.matmul_nbits import nbits_for
@@ -64,8 +65,7 @@ def stored_bytes(layout: Layout, shape: tuple[int, int], container: str) -> int 
     if container == "onnx":
         found = nbits_for(layout, cols)
         return None if isinstance(found, Refused) else found.nbytes(rows)
-    fits = layout.kind == "affine"
-    return sum(spec.nbytes for spec in packed_specs(layout, shape).values()) if fits else None  # type: ignore[arg-type]
+    return sum(spec.nbytes for spec in packed_specs(layout, shape).values()) if isinstance(layout, Affine) else None
 
 
 def spent(spec: Quantize, checkpoint: Checkpoint, run: Run) -> Quantize:

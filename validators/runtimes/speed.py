@@ -33,10 +33,13 @@ _KIB = 1024
 
 
 class Engine(Protocol):
-    """A loaded model. `decode` is None where it has no cache."""
+    """A loaded model. `decode` computes so many tokens after the prompt; None where there is no cache."""
 
-    version: str
-    decode: Callable[[int], None] | None
+    @property
+    def version(self) -> str: ...
+
+    @property
+    def decode(self) -> Callable[[int], None] | None: ...
 
     def prefill(self, ids: np.ndarray) -> None:
         """Compute a prompt (1, s) int64 from the start."""
