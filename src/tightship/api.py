@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +141,22 @@ def bench(
 
     used = threads or integer("THREADS") or 1
     return bench(Path(path), Plan(prompt=prompt, decode=decode, rounds=rounds, threads=used), progress)
+
+
+def lint(directory: str | Path, runtimes: Iterable[str]) -> dict[str, Any]:
+    """What runtimes would refuse in an artifact, or load and compute wrongly; see `docs/lint.md`.
+
+    Args:
+        directory: an artifact, or a published directory.
+        runtimes: words such as `vllm` or `llama.cpp`.
+
+    Raises:
+        UsageError: an unknown runtime; a directory with nothing that the runtime loads.
+        Malformed: a file breaks a rule of its own container.
+    """
+    from tightship.validators.lint import lint
+
+    return lint(Path(directory), runtimes)
 
 
 def shrink(file: str | Path, output: str | Path, *, form: str = "auto", progress: Progress = no_progress) -> Shipped:
