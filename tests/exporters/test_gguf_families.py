@@ -176,7 +176,11 @@ def test_logits_are_those_of_transformers(  # noqa: PLR0917 - fixtures
         ("Gemma3ForCausalLM", {**GEMMA, "layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
         ("Gemma3ForCausalLM", {**GEMMA, "num_hidden_layers": 62}, "num_hidden_layers"),
         ("Gemma3ForCausalLM", {**GEMMA, "num_hidden_layers": 5}, "num_hidden_layers"),
-        ("Gemma3ForCausalLM", {**GEMMA, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        (
+            "Gemma3ForCausalLM",
+            {**GEMMA, "num_hidden_layers": 6, "attn_logit_softcapping": 50.0},
+            "attn_logit_softcapping",
+        ),
         ("Qwen3MoeForCausalLM", {**SIZES, **EXPERTS, "norm_topk_prob": False}, "norm_topk_prob"),
         ("Qwen2MoeForCausalLM", {**SIZES, **SHARED, "norm_topk_prob": True}, "norm_topk_prob"),
         ("OlmoeForCausalLM", {**SIZES, **EXPERTS}, "num_key_value_heads"),
