@@ -26,12 +26,12 @@ def mapped_module(checkpoint: Checkpoint, folder: Path) -> Any:
         Malformed, Unsupported: see `tightship.modelview`.
         OSError: the disk is full.
     """
+    import torch
+
     module, addresses = skeleton(checkpoint)
     for parameter, places in _by_parameter(addresses).items():
         _map(module.get_parameter(parameter), folder)
         for name, address in places.items():
-            import torch
-
             address.view(module).copy_(torch.from_numpy(disk_value(checkpoint, name)))
     return module
 
