@@ -22,7 +22,8 @@ def main() -> int:
         for dotted, folder in mapping.items():
             if "." in dotted:
                 (package / dotted.split(".", 1)[1]).symlink_to(ROOT / folder)
-        command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), str(package)]
+        command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml")]
+        command += ["--cache-dir", str(ROOT / ".mypy_cache"), str(package)]
         done = subprocess.run(command, cwd=name, capture_output=True, text=True, check=False)
     print(done.stdout.replace("tightship/", "") or done.stderr, end="")
     return done.returncode
