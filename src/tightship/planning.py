@@ -123,10 +123,12 @@ def make_plan(recipe: Recipe, settings: Settings, *, progress: Progress = no_pro
         UsageError: the recipe, the order of passes, a path.
         Unsupported: what a pass or a container cannot do, naming the tensor.
         Malformed: the source breaks its format's rules.
+        EnvironmentFailure: the largest tensor does not fit twice into the memory that the proof is given.
     """
     from tightship.exporters import exporter_for
     from tightship.opening import open_checkpoint
     from tightship.validators.gates import parse_gates
+    from tightship.validators.references import ProofSettings, must_be_mapped
 
     if recipe.source is None:
         raise UsageError("no source is given", hint="name a directory, a hub id or a .gguf file")
@@ -147,7 +149,9 @@ def make_plan(recipe: Recipe, settings: Settings, *, progress: Progress = no_pro
         after = outline(checkpoint, solve) if solve else checkpoint
         targets.append(PlannedTarget(solve, after, exporter.plan(after, for_container(target, recipe))))
     notes = [*(f"allowed: {complaint}" for complaint in complaints), *_notes(targets)]
-    scratch = stored + _spooled_bytes([checkpoint, *(t.outline for t in targets)]) + source.float32_bytes
+    proof = ProofSettings(memory=settings.max_memory)
+    mapped = 2 * source.float32_bytes if must_be_mapped(source, proof) else 0  # the original and the compressed model
+    scratch = stored + _spooled_bytes([checkpoint, *(t.outline for t in targets)]) + source.float32_bytes + mapped
     return Plan(
         recipe=recipe,
         source=source,
@@ -155,7 +159,7 @@ def make_plan(recipe: Recipe, settings: Settings, *, progress: Progress = no_pro
         targets=tuple(targets),
         output_bytes=sum(t.plan.file_bytes for t in targets),
         scratch_bytes=scratch,
-        memory_bytes=_memory(source),
+        memory_bytes=_memory(source, proof.limits.memory_bytes if mapped else None),
         notes=tuple(notes),
     )
 
@@ -191,10 +195,13 @@ def _notes(targets: list[PlannedTarget]) -> list[str]:
     return [f"{target.plan.target.id}: {note}" for target in targets for note in target.plan.notes]
 
 
-def _memory(checkpoint: Checkpoint) -> dict[str, int]:
-    """Export: the largest tensor twice in float32. Proof: the original and the compressed model side by side."""
+def _memory(checkpoint: Checkpoint, given: int | None) -> dict[str, int]:
+    """Export: the largest tensor twice in float32. Proof: the original and the compressed model side by side.
+
+    A proof over mapped files stays in what is `given` (bytes).
+    """
     largest = max((4 * math.prod(w.shape) for w in checkpoint.weights.values() if not isinstance(w, Alias)), default=0)
-    return {"export": _LIBRARIES + 2 * largest, "proof": _LIBRARIES + 2 * checkpoint.float32_bytes}
+    return {"export": _LIBRARIES + 2 * largest, "proof": given or _LIBRARIES + 2 * checkpoint.float32_bytes}
 
 
 def _changed_bytes(before: Checkpoint, after: Checkpoint) -> int:

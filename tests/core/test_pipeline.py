@@ -102,6 +102,17 @@ def test_the_plan_is_exact_and_reads_no_weight(
     assert sizes["safetensors"] in (size, size - header)
 
 
+def test_the_plan_counts_the_files_of_a_model_larger_than_memory(tmp_path: Path) -> None:
+    recipe = Recipe.from_json({"source": str(EMBER), "targets": BOTH})
+    fitting = make_plan(recipe, Settings(work=tmp_path))
+    twice = 2 * fitting.source.float32_bytes  # the original and the compressed model
+    larger = make_plan(recipe, Settings(work=tmp_path, max_memory=twice - 1))
+    assert larger.scratch_bytes == fitting.scratch_bytes + twice
+    assert larger.memory_bytes["proof"] == twice - 1 < fitting.memory_bytes["proof"]
+    with pytest.raises(EnvironmentFailure, match="largest tensor twice"):
+        make_plan(recipe, Settings(work=tmp_path, max_memory=1))
+
+
 def test_an_existing_output_is_refused_and_a_forced_run_reuses_stages(
     build: Callable[..., pipeline.Built], tmp_path: Path
 ) -> None:
