@@ -256,16 +256,16 @@ def all_architectures() -> tuple[Architecture, ...]:
     import jsonschema
 
     folder = resources.files("tightship.architectures")
-    schema = json.loads((folder / "schema.json").read_text())
+    # One validator for all files: `jsonschema.validate` would check the schema itself again for each of them.
+    validator = jsonschema.Draft202012Validator(json.loads((folder / "schema.json").read_text()))
     found: list[Architecture] = []
     for entry in sorted(folder.iterdir(), key=lambda e: e.name):
         if not entry.name.endswith(".json") or entry.name == "schema.json":
             continue
         data = strict_json(entry.read_bytes(), f"architectures/{entry.name}")
-        try:
-            jsonschema.validate(data, schema)
-        except jsonschema.ValidationError as error:
-            raise Malformed(f"architectures/{entry.name}: {error.message}") from error
+        error = jsonschema.exceptions.best_match(validator.iter_errors(data))
+        if error is not None:
+            raise Malformed(f"architectures/{entry.name}: {error.message}")
         found += build(data)
     claims = [(t, c) for a in found for t in a.model_types for c in a.classes]
     twice = sorted({claim for claim in claims if claims.count(claim) > 1})
