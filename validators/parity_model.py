@@ -20,6 +20,7 @@ from tightship.checkpoint import Checkpoint, Source
 from tightship.weights import Alias, Dense, Weight
 
 HIDDEN, HEADS, HEAD_DIM, FFN, VOCABULARY = 64, 4, 16, 96, 211
+LATENT = {"q_rank": 24, "kv_rank": 32, "nope_dim": 16, "rope_dim": 8, "v_dim": 12}  # none is another, or half of it
 CONTEXT = 64
 WINDOW = 5
 ORIGINAL_CONTEXT = 16
@@ -57,7 +58,7 @@ def random_tensor(info: TensorInfo, rng: np.random.Generator) -> np.ndarray:
         return noise
     if len(shape) < 2:
         return np.float32(0.3) * noise
-    gain = 1.5 if info.rule.role in ("attn_q", "attn_k", "attn_qkv") else 1.0
+    gain = 1.5 if info.rule.role in ("attn_q", "attn_k", "attn_qkv", "attn_q_b") else 1.0
     return noise * np.float32(gain / math.sqrt(shape[-1]))
 
 
@@ -79,6 +80,7 @@ def small_config(real: Checkpoint) -> dict[str, Any]:
         "ffn": FFN,
         "expert_ffn": FFN // 2,
         "shared_ffn": FFN // 2,
+        **LATENT,
         "vocab": VOCABULARY,
         "context": CONTEXT,
     }
@@ -89,6 +91,8 @@ def small_config(real: Checkpoint) -> dict[str, Any]:
     for key in ("word_embed_proj_dim",):  # OPT repeats hidden
         if key in config:
             config[key] = HIDDEN if config[key] == hyper["hidden"] else HIDDEN // 2
+    if "rope_dim" in hyper and "head_dim" in config:  # DeepSeek repeats the rotated width
+        config["head_dim"] = LATENT["rope_dim"]
     if "experts" in hyper:
         # Two experts at least in each group, and more than are used.
         least = max(EXPERTS, 2 * int(hyper.get("groups", 0)), int(hyper.get("experts_used", 0)) + 1)
@@ -189,7 +193,7 @@ def layer_kinds(config: Mapping[str, Any], layers: int) -> list[tuple[Any, ...]]
         for key, value in sorted(resolved.to_dict().items())
         if isinstance(value, list) and len(value) == layers and key != "layer_types"
     ]
-    mlp = [_is_moe(config, index) for index in range(layers)]
+    mlp = [_is_moe(resolved.to_dict(), index) for index in range(layers)]
     return [(types[i], mlp[i], *(str(value[i]) for value in lists)) for i in range(layers)]
 
 

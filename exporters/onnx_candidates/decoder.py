@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tightship.exporters.onnx_candidates.attention import Sight, attention
 from tightship.exporters.onnx_candidates.feed_forward import feed_forward
+from tightship.exporters.onnx_candidates.latent_attention import latent_attention
 from tightship.exporters.onnx_candidates.network import Network
 from tightship.exporters.onnx_candidates.positions import Turn, alibi, causal_mask, rotation, sinusoids
 from tightship.exporters.onnx_candidates.skeleton import BATCH, SEQUENCE, TOTAL
@@ -79,16 +80,21 @@ def _block(net: Network, block: int, x: ir.Value, sight: Sight) -> ir.Value:
     """Attention and MLP with their norms: before, behind, or side by side."""
     scale = float(net.option(net.family.residual_scale)) if net.family.residual_scale else 1.0
     if net.family.post_norm and not net.option(net.family.post_norm):
-        x = net.norm(net.op("Add", x, attention(net, block, x, sight)), block, "attn_norm")
+        x = net.norm(net.op("Add", x, _attended(net, block, x, sight)), block, "attn_norm")
         return net.norm(net.op("Add", x, feed_forward(net, block, x)), block, "ffn_norm")
     before = net.normed(x, block, "attn_norm")
-    attended = net.normed(attention(net, block, before, sight), block, "attn_post_norm")
+    attended = net.normed(_attended(net, block, before, sight), block, "attn_post_norm")
     if net.answer(net.family.parallel):
         inner = net.norm(x, block, "ffn_norm") if net.has(block, "ffn_norm") else before
         return net.op("Add", x, net.scaled(net.op("Add", attended, feed_forward(net, block, inner)), scale))
     x = net.op("Add", x, net.scaled(attended, scale))
     behind = net.normed(feed_forward(net, block, net.normed(x, block, "ffn_norm")), block, "ffn_post_norm")
     return net.op("Add", x, net.scaled(behind, scale))
+
+
+def _attended(net: Network, block: int, x: ir.Value, sight: Sight) -> ir.Value:
+    latent = net.has(block, "attn_kv_a_mqa")
+    return latent_attention(net, block, x, sight) if latent else attention(net, block, x, sight)
 
 
 def _scaled_logits(net: Network, x: ir.Value) -> ir.Value:

@@ -17,12 +17,20 @@ class Routing:
     Attributes:
         used: config key of the number of experts a token takes.
         late: softmax over the chosen scores; else over all of them, before the choice.
+        sigmoid: scores are sigmoids, not softmax over all experts.
         renormalized: whether chosen probabilities are scaled to sum 1; a config key, or the answer.
+        scale: config key of a factor on what chosen experts count.
+        grouped: whether only experts of the best groups can be chosen; the answer, or (config key, value) for yes.
+        best_of_group: a group's score is the sum of so many of its best.
     """
 
     used: str = "num_experts_per_tok"
     late: bool = False
+    sigmoid: bool = False
     renormalized: str | bool = True
+    scale: str | None = None
+    grouped: bool | tuple[str, str] = False
+    best_of_group: int = 1
 
 
 @dataclass(frozen=True)
@@ -144,6 +152,18 @@ FAMILIES = {
     "olmo": Family(norm="layer", bare_norms=True),
     "smollm3": Family(rotated="no_rope_layers"),
     "glm4": Family(interleaved=True),
+    "deepseek_v2": Family(
+        interleaved=True,
+        routing=Routing(
+            renormalized=False, scale="routed_scaling_factor", grouped=("topk_method", "group_limited_greedy")
+        ),
+    ),
+    "deepseek_v3": Family(
+        interleaved=True,
+        routing=Routing(
+            sigmoid=True, renormalized="norm_topk_prob", scale="routed_scaling_factor", grouped=True, best_of_group=2
+        ),
+    ),
     "bert": _ENCODER,
     "distilbert": replace(_ENCODER, norm_eps=1e-12, pooled="Relu"),
     "roberta": replace(_ENCODER, counted_positions=True),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tightship.exporters.onnx_candidates.network import Network
+from tightship.exporters.onnx_candidates.routing import shares
 from tightship.exporters.onnx_candidates.skeleton import BATCH, SEQUENCE
 
 if TYPE_CHECKING:
@@ -35,10 +36,10 @@ def mlp(net: Network, block: int, x: ir.Value, suffix: str = "", expert: int | N
 def experts(net: Network, block: int, x: ir.Value) -> ir.Value:
     """Each expert computes the tokens that chose it, and no others; what it gives is added at their places."""
     flat = net.shaped(net.op("Reshape", x, net.integers(-1, net.width)), (None, net.width))
-    shares = _shares(net, block, flat)
+    counts = shares(net, block, flat)
     total = net.op("Mul", flat, net.number(0.0))
     for expert in range(int(net.hyper["experts"])):
-        share = net.op("Gather", shares, net.integers(expert), axis=1)
+        share = net.op("Gather", counts, net.integers(expert), axis=1)
         places = net.op("Transpose", net.op("NonZero", net.op("Squeeze", share, net.integers(1))), perm=[1, 0])
         chosen = net.shaped(net.op("GatherND", flat, places), (None, net.width))
         stacked = net.has(block, "ffn_gate_up_stack")
@@ -70,22 +71,6 @@ def _clamped_glu(net: Network, both: ir.Value) -> ir.Value:
     gate, up = net.clipped(gate, None, limit), net.clipped(up, -limit, limit)
     swish = net.op("Mul", gate, net.op("Sigmoid", net.scaled(gate, float(net.option("swiglu_alpha")))))
     return net.op("Mul", net.op("Add", up, net.number(1.0)), swish)
-
-
-def _shares(net: Network, block: int, flat: ir.Value) -> ir.Value:
-    """(tokens, experts) float: what each expert counts for a token, 0 for those not chosen."""
-    routing = net.family.routing
-    scores = net.linear(flat, block, "ffn_gate_inp")
-    if not routing.late:
-        scores = net.op("Softmax", scores, axis=-1)
-    used = net.option(routing.used)
-    values, chosen = net.ops("TopK", scores, net.integers(int(used)), outputs=2, axis=-1)
-    if routing.late:
-        values = net.op("Softmax", values, axis=-1)
-    elif net.answer(routing.renormalized):
-        values = net.op("Div", values, net.op("ReduceSum", values, net.integers(-1), keepdims=1))
-    empty = net.op("Mul", scores, net.number(0.0))
-    return net.op("ScatterElements", empty, chosen, values, axis=1)
 
 
 def _shared(net: Network, block: int, flat: ir.Value) -> ir.Value:

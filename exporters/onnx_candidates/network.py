@@ -76,8 +76,10 @@ class Network(GraphBuilder):
         value = getattr(self.resolved, key, None)
         return default if value is None else value
 
-    def answer(self, word: str | bool) -> bool:
-        """A fact of the family, or the config's word on it."""
+    def answer(self, word: str | bool | tuple[str, str]) -> bool:
+        """A fact of the family, or the config's word on it: a key that is true, or (key, value) that are so."""
+        if isinstance(word, tuple):
+            return bool(self.option(word[0]) == word[1])
         return bool(self.option(word)) if isinstance(word, str) else word
 
     @cached_property
@@ -135,10 +137,15 @@ class Network(GraphBuilder):
         """A parameter as it is stored."""
         return self._stored(self._name(block, role, "weight"))
 
+    def bias(self, block: int | None, role: str) -> ir.Value | None:
+        """The bias of a role, if it has one, as it is stored."""
+        name = self._names.get((block, role, None), {}).get("bias")
+        return None if name is None else self._stored(name)
+
     def parameters(self, block: int | None, role: str) -> list[ir.Value]:
         """Weight and, where there is one, bias as they are stored."""
-        bias = self._names[block, role, None].get("bias")
-        return [self.parameter(block, role), *([] if bias is None else [self._stored(bias)])]
+        bias = self.bias(block, role)
+        return [self.parameter(block, role), *([] if bias is None else [bias])]
 
     def stacked(self, x: ir.Value, block: int, role: str, expert: int) -> ir.Value:
         """x times one matrix of a stack, oriented as `Family.stacked` says, plus its bias."""
@@ -158,10 +165,12 @@ class Network(GraphBuilder):
         """(batch, heads, sequence, size) to (batch, sequence, heads * size)."""
         return self.op("Reshape", self.op("Transpose", x, perm=[0, 2, 1, 3]), self.integers(0, 0, -1))
 
-    def norm(self, x: ir.Value, block: int | None, role: str, *, width: int | None = None) -> ir.Value:
+    def norm(
+        self, x: ir.Value, block: int | None, role: str, *, width: int | None = None, epsilon: float | None = None
+    ) -> ir.Value:
         """LayerNormalization where there is a bias or the family says so, RMSNormalization elsewhere.
 
-        `width` is that of a norm without any parameter.
+        `width` is that of a norm without any parameter, `epsilon` that of one that the config does not speak of.
         """
         names = self._names.get((block, role, None), {})
         if names:
@@ -171,7 +180,7 @@ class Network(GraphBuilder):
             scale = self.constant(f"ones.{width}", np.ones(width, np.float32))
         if names and self.family.norm.endswith("plus_one"):
             scale = self.op("Add", scale, self.number(1.0))
-        epsilon = float(self.hyper.get("norm_eps", self.family.norm_eps))
+        epsilon = epsilon or float(self.hyper.get("norm_eps", self.family.norm_eps))
         if "bias" in names:
             return self.op("LayerNormalization", x, scale, self._stored(names["bias"]), axis=-1, epsilon=epsilon)
         kind = "LayerNormalization" if self.family.norm.startswith("layer") else "RMSNormalization"

@@ -26,10 +26,11 @@ TEXT_CASES = 4
 STEPS, PROMPT = 64, 6
 LENGTHS = {"one": [6], "left": [6, 4, 5, 2], "right": [6, 4, 5, 2]}  # of the prompts
 STEPPED = ("MistralForCausalLM", "Gemma3ForCausalLM", "GPT2LMHeadModel", "BloomForCausalLM", "MptForCausalLM")
-STEPPED += ("MixtralForCausalLM", "GptOssForCausalLM")
+STEPPED += ("MixtralForCausalLM", "GptOssForCausalLM", "DeepseekV3ForCausalLM")
 # Kinds of model, and the biases of keys that no output can show.
 SEEN: dict[str, tuple[str, ...]] = {
     "GptOssForCausalLM": (),
+    "DeepseekV3ForCausalLM": (),
     "DebertaV2ForMaskedLM": (),
     "LongformerForMaskedLM": ("key.bias", "key_global.bias"),
     "ViTForImageClassification": ("key.bias",),
@@ -116,7 +117,7 @@ def test_64_steps_through_the_cache_are_one_pass(kind: str, monkeypatch: pytest.
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SEEN)
 def test_every_dropped_parameter_is_seen(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Zero a parameter of the first block or outside them (set a norm's scale to one) in what the graph gets: red.
+    """Zero the first parameter of each role (set a norm's scale to one) in what the graph gets: red.
 
     A bias on keys adds the same to every score of a query where nothing rotates it, so softmax does not see it.
     """
@@ -125,8 +126,10 @@ def test_every_dropped_parameter_is_seen(kind: str, monkeypatch: pytest.MonkeyPa
     small = parity_model.small_checkpoint(TOOL.outline(model))
     expected = [case for case in parity.references(small) if case[0].name in ("short", "batch")]
     infos = small.infos()
-    names = [n for n, w in small.weights.items() if not isinstance(w, Alias) and not infos[n].block]
-    for index, name in enumerate(n for n in names if not n.endswith(SEEN[kind])):
+    first: dict[tuple[str, bool], str] = {}
+    for name in (n for n, w in small.weights.items() if not isinstance(w, Alias)):
+        first.setdefault((infos[name].rule.role, name.endswith("bias")), name)
+    for index, name in enumerate(n for n in first.values() if not n.endswith(SEEN[kind])):
         folder = tmp_path / str(index)
         folder.mkdir()
         parity.write_candidate(DirectCandidate(), parity.without(small, name), folder)
