@@ -49,7 +49,9 @@ def write_graph(
     for unit in units_of(skeleton, checkpoint):
         first = len(emitter.initializers)
         emitter.place(unit)
-        written[unit.tensor] = written.get(unit.tensor, 0) + sum(i.nbytes for i in emitter.initializers[first:])
+        written[unit.tensor] = written.get(unit.tensor, 0) + sum(
+            item.nbytes for item in emitter.initializers[first:] if not item.same_as
+        )
     remove_dead_transposes(graph)
     own = [_own(value) for value in graph.initializers.values()]
     graph.initializers.clear()

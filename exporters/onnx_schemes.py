@@ -9,9 +9,10 @@
 | int8-static          | int8, one scale a row               | as the source has it |
 | any with `-portable` | the same, standard operators only   |                      |
 
-`int8-dynamic` rounds activations to 8 bits in front of each matrix, by the range they have at that moment: the fastest
-form for long prompts. `int8-static` does so by calibrated ranges (options of the solver: `activations: int8-static` for
-symmetric ones, `activation_range`, `percentile`). Both have standard operators only in any case.
+`int8-dynamic` rounds activations to 8 bits in front of each matrix, by the range each token has at that moment: the
+fastest form for long prompts. `int8-static` does so by calibrated ranges (options of the solver: `activations:
+int8-static` for symmetric ones, `activation_range`, `percentile`). Both have standard operators only in any case. A
+`quantize` pass with `activations` gives the same, without a scheme.
 
 Options: `profile: portable`, `layout` (another affine layout for the integers), `include: [embeddings, head]`,
 `accuracy_level` (of MatMulNBits as shipped; 4, the default, quantizes activations to int8, 0 and 1 do not),
@@ -27,18 +28,18 @@ from typing import Any
 
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported, UsageError
-from tightship.exporters.onnx_storage import Style
+from tightship.exporters.onnx_storage import Style, by_channel
 from tightship.formats.layouts import parse_layout
 from tightship.layout import Layout
 from tightship.target import Target
-from tightship.weights import Alias
+from tightship.weights import Alias, Quantized
 
 FLOATS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 INTEGERS = ("int4", "int8", "int2")
 DYNAMIC = "int8-dynamic"
 STATIC = "int8-static"
 ROUNDED = {STATIC: "int8-static-asym"}  # scheme -> the word for its activations
-_STATIC_WORDS = ("int8-static", "int8-static-asym")
+_WORDS = ("int8-dynamic", "int8-static", "int8-static-asym")  # for activations
 OPTIONS = ("profile", "layout", "include", "accuracy_level", "folder", "shapes")
 PORTABLE = "-portable"
 FIXABLE = ("batch_size", "sequence_length")
@@ -58,20 +59,27 @@ def style_of(target: Target) -> Style:
 
 
 def style_for(checkpoint: Checkpoint, target: Target) -> Style:
-    """The same for one checkpoint: inputs of matrices that a pass has given fixed ranges are rounded in the graph.
+    """The same for one checkpoint: inputs of matrices are rounded in the graph as a pass has said.
 
     Raises:
         Unsupported: activations that no kernel of ONNX Runtime rounds as they are meant.
     """
-    style = style_of(target)
+    style = dataclasses.replace(style_of(target), rounded=bool(checkpoint.activations))
     for module, activations in checkpoint.activations.items():
-        if activations.scheme not in _STATIC_WORDS:
+        if activations.scheme not in _WORDS:
             raise Unsupported(
                 f"ONNX has no {activations.scheme} activations",
                 tensor=module,
-                hint=f"quantize with activations: {' or '.join(_STATIC_WORDS)}, or use onnx:int8-dynamic",
+                hint=f"quantize with activations: {' or '.join(_WORDS)}",
             )
-    return dataclasses.replace(style, static=bool(checkpoint.activations))
+        weight = checkpoint.weights.get(f"{module}.weight")
+        if weight is not None and not (isinstance(weight, Quantized) and by_channel(weight, style)):
+            raise Unsupported(
+                f"ONNX multiplies {activations.scheme} activations by symmetric 8-bit matrices of one scale a row only",
+                tensor=f"{module}.weight",
+                hint="layout: int8-channel, or leave `activations` out: accuracy level 4 rounds them by block",
+            )
+    return style
 
 
 def layouts_of(checkpoint: Checkpoint, target: Target) -> dict[str, Layout | str]:

@@ -46,19 +46,19 @@ class Style:
     Attributes:
         portable: standard operators only.
         accuracy_level: of MatMulNBits as shipped: 0 or 1 compute in f32, 4 with int8 activations.
-        dynamic: activations are rounded to 8 bits in front of each matrix that has one scale a row.
-        static: the same, in calibrated ranges.
+        dynamic: inputs of each matrix that has one scale a row are rounded to 8 bits, token by token.
+        rounded: the same, for some of them in calibrated ranges, as the checkpoint says.
     """
 
     portable: bool = False
     accuracy_level: int = 4
     dynamic: bool = False
-    static: bool = False
+    rounded: bool = False
 
     @property
     def integers(self) -> bool:
         """Whether matrices go to the integer kernels."""
-        return self.dynamic or self.static
+        return self.dynamic or self.rounded
 
     @property
     def fused(self) -> bool:
@@ -105,18 +105,18 @@ def _quantized_storage(weight: Quantized, style: Style, *, table: bool) -> Exact
     rows, cols = weight.shape
     if by_channel(weight, style) and not table:
         shapes = onnx_blocked.channel_shapes(rows, cols).values()
-        return Exact("DequantizeLinear INT8, by channel", sum(_packed_bytes(*entry) for entry in shapes))
+        return Exact("DequantizeLinear UINT8, by channel", sum(_packed_bytes(*entry) for entry in shapes))
     found = matmul_nbits.nbits_for(weight.layout, cols)
     if isinstance(found, Refused):
         return found
     refusal = _no_lookup(weight, found) if table else _too_slow(found, style)
     if refusal:
         return refusal
-    spec = _nbits(weight, table=table)
     if style.portable:
-        blocked = onnx_blocked.Blocked(spec, table)
+        blocked = blocked_of(weight, table=table)
         word = {2: "UINT8", 3: "INT8", 21: "UINT4", 22: "INT4"}[blocked.code_type]
-        return Exact(f"DequantizeLinear {word}, block {spec.block}", blocked.nbytes(rows))
+        return Exact(f"DequantizeLinear {word}, block {found.block}", blocked.nbytes(rows))
+    spec = _nbits(weight, table=table)
     return Exact(
         f"{'GatherBlockQuantized' if table else 'MatMulNBits'} {spec.bits} bit, block {spec.block}", spec.nbytes(rows)
     )
@@ -183,14 +183,19 @@ def operand_initializers(name: str, weight: Quantized, style: Style, *, table: b
     if by_channel(weight, style) and not table:
         shapes = onnx_blocked.channel_shapes(rows, cols)
         return _packed_once(name, shapes, lambda: onnx_blocked.pack_channels(weight.read()))
-    spec = _nbits(weight, table=table)
     if style.portable:
-        blocked = onnx_blocked.Blocked(spec, table)
+        blocked = blocked_of(weight, table=table)
         return _packed_once(
             name, blocked.shapes(rows), lambda: onnx_blocked.pack(weight.layout, weight.read(), blocked)
         )
+    spec = _nbits(weight, table=table)
     kinds = {key: (of_numpy(dtype), shape) for key, (dtype, shape) in spec.shapes(rows).items()}
     return _packed_once(name, kinds, lambda: matmul_nbits.pack(weight.layout, weight.read(), spec))
+
+
+def blocked_of(weight: Quantized, *, table: bool) -> onnx_blocked.Blocked:
+    """The DequantizeLinear form of a weight; a table of an odd number of rows has no pairs to look up."""
+    return onnx_blocked.Blocked(_nbits(weight, table=False), whole=table and weight.shape[0] % 2 == 1)
 
 
 def _packed_bytes(kind: int, shape: tuple[int, ...]) -> int:

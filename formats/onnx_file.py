@@ -54,6 +54,7 @@ class StoredTensor:
         shape: as stored.
         nbytes: in the file.
         location: of external data, relative, or None where the graph holds them.
+        offset: of external data in their file.
     """
 
     name: str
@@ -62,6 +63,7 @@ class StoredTensor:
     nbytes: int
     location: str | None
     read: Callable[[], np.ndarray]
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class OnnxFile:
         metadata: IR version, opsets, inputs, outputs, operators counted, producer.
         initializers: by name, in file order.
         files: external data files, relative.
-        weights: numbers that the initializers stand for: packed codes unpacked, scales and zero points left out.
+        weights: numbers that the initializers stand for: packed codes unpacked, scales and zero points left out. Bytes
+            that several initializers name count once, as the first of them sees them.
     """
 
     path: Path
@@ -199,7 +202,7 @@ def _stored(tensor: onnx.TensorProto, root: Path) -> StoredTensor:
                 stream.seek(start)
                 return _elements(stream.read(expected), tensor.name, kind, dims, expected)
 
-        return StoredTensor(tensor.name, word, dims, expected, location, read_file)
+        return StoredTensor(tensor.name, word, dims, expected, location, read_file, start)
     if len(tensor.external_data):
         raise Malformed(
             "external data are named, but the tensor says that it holds its data itself", tensor=tensor.name
@@ -310,7 +313,8 @@ def _weights(model: onnx.ModelProto, held: Mapping[str, StoredTensor]) -> int:
         counts.update({name: 0 for name in beside.get(node.op_type, ()) if name in held})
         if node.op_type == "MatMulNBits" and names[1] in held:
             counts[names[1]] = max(0, sizes.get("K", 0)) * max(0, sizes.get("N", 0))
-    return sum(counts.values())
+    places = {(t.location, t.offset) if t.location else name: name for name, t in reversed(held.items())}
+    return sum(counts[name] for name in places.values())
 
 
 def _metadata(model: onnx.ModelProto) -> dict[str, Any]:

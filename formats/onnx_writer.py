@@ -6,7 +6,8 @@
 | NAME_data       | little-endian tensor bytes, zero-filled gaps, in the order given                         |
 
 A tensor of 1 MiB or more starts at a multiple of 64 KiB (the coarsest allocation granularity, so that it can be
-mapped); smaller ones start at a multiple of 64 bytes. Definition: ExternalData.md of ONNX.
+mapped); smaller ones start at a multiple of 64 bytes. Two initializers may name the same bytes, as different types.
+Definition: ExternalData.md of ONNX.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Initializer:
         shape: logical shape.
         nbytes: bytes in the file (4-bit and 2-bit types are packed, the last byte filled up with zero).
         read: the data as one contiguous array of exactly `nbytes` bytes, any dtype.
+        same_as: name of an earlier initializer whose bytes these are; `read` is not called then.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Initializer:
     shape: tuple[int, ...]
     nbytes: int
     read: Callable[[], np.ndarray]
+    same_as: str = ""
 
     @classmethod
     def of(cls, name: str, array: np.ndarray) -> Initializer:
@@ -91,18 +94,20 @@ def write_onnx(
         Malformed: an initializer's data are not as many bytes as announced.
     """
     scrub(model)
-    offsets, size = data_layout(i.nbytes for i in initializers)
+    held = [item for item in initializers if not item.same_as]
+    offsets, size = data_layout(i.nbytes for i in held)
     names = [name]
     if size:
         names.append(f"{name}_data")
         with open(directory / names[1], "xb") as stream:
-            for done, (item, offset) in enumerate(zip(initializers, offsets, strict=True)):
+            for done, (item, offset) in enumerate(zip(held, offsets, strict=True)):
                 if offset is not None:
                     stream.write(bytes(offset - stream.tell()))
                     _stream(item, stream)
-                progress(f"write onnx: {item.name}", done + 1, len(initializers))
-    for item, offset in zip(initializers, offsets, strict=True):
-        _announce(model, item, offset, f"{name}_data")
+                progress(f"write onnx: {item.name}", done + 1, len(held))
+    places = {item.name: offset for item, offset in zip(held, offsets, strict=True)}
+    for item in initializers:
+        _announce(model, item, places.get(item.name), f"{name}_data")
     with open(directory / name, "xb") as stream:
         stream.write(model.SerializeToString(deterministic=True))
     return names
@@ -155,9 +160,14 @@ def _bytes_of(item: Initializer) -> memoryview:
 
 def _announce(model: onnx.ModelProto, item: Initializer, offset: int | None, location: str) -> None:
     proto = model.graph.initializer.add()
+    if item.same_as:
+        proto.CopyFrom(next(known for known in model.graph.initializer if known.name == item.same_as))
+        del proto.dims[:]
     proto.name = item.name
     proto.data_type = item.data_type
     proto.dims.extend(item.shape)
+    if item.same_as:
+        return
     if offset is None:
         proto.raw_data = bytes(_bytes_of(item))
         return

@@ -18,7 +18,20 @@ if TYPE_CHECKING:
 _ELEMENTS = 1 << 22
 _MOST_NODES = 32
 _LOOKUPS = ("Gather", "GatherBlockQuantized")
-_JOINS = ("Add", "Cast", "DequantizeLinear", "Transpose")  # of values that the weight itself made
+_JOINS = (
+    "Add",
+    "Cast",
+    "DequantizeLinear",
+    "Transpose",
+    "Shape",
+    "ConstantOfShape",
+)  # of values the weight itself made
+_BITS = (
+    "BitShift",
+    "BitwiseAnd",
+    "BitwiseXor",
+)  # that take codes apart, with constants and what follows from the index
+_OF_INDEX = ("Div", "Mod", "Mul", "Cast")
 _RANK = 3
 _ROWS = 4096
 
@@ -163,6 +176,7 @@ class OnnxGraph:
         """Data input of the nodes that compute with the given initializers in one way, and the value they end in."""
         constants, values = set(names), dict[str, None]()
         inside: list[onnx.NodeProto] = []
+        probe, numbers = "", set[str]()
         for node in self.model.graph.node:
             inputs = [name for name in node.input if name]
             if constants.intersection(inputs):
@@ -171,14 +185,41 @@ class OnnxGraph:
                     continue
                 if (node.op_type in _LOOKUPS) != (way == "lookup"):
                     continue
-            elif not inputs or node.op_type not in _JOINS or not all(name in values for name in inputs):
+                if not probe and way == "lookup":
+                    probe = self._index(node.input[1])
+                    numbers = self._of_index(probe)
+                probe = probe or node.input[0]
+            elif not self._goes_on(node, values, numbers):
                 continue
             inside.append(node)
             values.update(dict.fromkeys(node.output))
         if not inside:
             return None
         result = next(name for name in values if not any(name in node.input for node in inside))
-        return inside[0].input[1 if way == "lookup" else 0], result
+        return probe, result
+
+    def _goes_on(self, node: onnx.NodeProto, values: Iterable[str], numbers: set[str]) -> bool:
+        """Whether a node makes more of what the weight made, and nothing else."""
+        inputs = [name for name in node.input if name]
+        if numbers and node.op_type in _BITS and any(name in values for name in inputs):
+            return all(name in values or name in numbers or name in self.initializers for name in inputs)
+        return bool(inputs) and node.op_type in _JOINS and all(name in values for name in inputs)
+
+    def _index(self, name: str) -> str:
+        """The index that the index of a Gather was computed from."""
+        node = self.producer.get(name)
+        if node is None or node.op_type not in _OF_INDEX or any(n not in self.initializers for n in node.input[1:]):
+            return name
+        return self._index(node.input[0])
+
+    def _of_index(self, name: str) -> set[str]:
+        """What is computed from an index and constants alone."""
+        found = {name}
+        for node in self.model.graph.node:
+            known = all(n in found or n in self.initializers for n in node.input)
+            if node.op_type in _OF_INDEX and known and found.intersection(node.input):
+                found.update(node.output)
+        return found
 
     def _between(self, result: str, probe: str) -> list[onnx.NodeProto]:
         """Nodes on the way from `probe` to `result`, in graph order."""

@@ -10,6 +10,7 @@ identity in ONNX Runtime (a lookup is fed every index): what comes out is the ma
 | NAME.codes, .scales, .zero_points, .offsets | DequantizeLinear and MatMul                             |
 | NAME.codes, .table                          | Cast, Gather and MatMul                                 |
 | the same behind a lookup                    | GatherBlockQuantized, or Gathers and DequantizeLinear   |
+| NAME.lookup.codes, ...                      | the same bytes, two 4-bit codes to a UINT8              |
 | NAME.rows{a}-{b}*                           | rows a to b of the weight                               |
 """
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     import onnx
 
 Rows = tuple[int, int] | None
+_LOOKUP = "lookup."
 _OPERANDS = ("B", "codes", "scales", "zero_points", "offsets", "table")
 
 
@@ -82,7 +84,7 @@ class OnnxStored:
     def _runs(self, name: str, part: str) -> dict[Rows, dict[str, onnx.TensorProto]]:
         """Rows -> operand -> initializer; `data` is the operand of plain floats."""
         pattern = re.compile(
-            rf"{re.escape(name)}(?:\.rows(\d+)-(\d+))?{re.escape(part)}(?:\.(?P<operand>{'|'.join(_OPERANDS)}))?"
+            rf"{re.escape(name)}(?:\.rows(\d+)-(\d+))?{re.escape(part)}(?:\.(?P<operand>(?:lookup\.)?(?:{'|'.join(_OPERANDS)})))?"
         )
         found: dict[Rows, dict[str, onnx.TensorProto]] = defaultdict(dict)
         for key, tensor in self.graph.initializers.items():
@@ -95,20 +97,30 @@ class OnnxStored:
         return found
 
     def _piece(self, operands: Mapping[str, onnx.TensorProto], cols: int) -> Piece:
-        arrays = {key: self.graph.array(tensor) for key, tensor in operands.items()}
+        arrays = {key: self.graph.array(tensor) for key, tensor in operands.items() if not key.startswith(_LOOKUP)}
+        if not arrays:
+            arrays = self._looked_up({key.removeprefix(_LOOKUP): tensor for key, tensor in operands.items()})
         if "table" in arrays:
             return Piece(arrays["codes"].T, np.ones((), np.float32), table=arrays["table"])
         if "codes" not in arrays:
             arrays = self._unpacked(operands["B"].name, arrays)
         elif arrays["scales"].ndim == 1:  # one for each row of the weight, which is a column of the turned codes
             arrays = {"codes": arrays["codes"].T} | {k: a[:, None] for k, a in arrays.items() if k != "codes"}
-        elif self.graph.turned(operands["codes"].name):
+        elif operands.keys().isdisjoint(arrays) or self.graph.turned(operands["codes"].name):
             arrays = {key: array.T for key, array in arrays.items()}
         block = -(-arrays["codes"].shape[1] // arrays["scales"].shape[1])
         codes = arrays["codes"][:, :cols].astype(np.int32)  # the last block may reach beyond the matrix
         wide = {key: np.repeat(a, block, axis=1)[:, :cols] for key, a in arrays.items() if key != "codes"}
         zero = wide["zero_points"].astype(np.int32) if "zero_points" in wide else np.int32(0)
         return Piece(codes - zero, wide["scales"], wide.get("offsets"))
+
+    def _looked_up(self, operands: Mapping[str, onnx.TensorProto]) -> dict[str, np.ndarray]:
+        """Operands of a lookup: codes (cols, rows), the others (blocks, rows)."""
+        arrays = {key: self.graph.array(tensor) for key, tensor in operands.items()}
+        if arrays["codes"].shape[1] == arrays["scales"].shape[1]:
+            return arrays
+        halves = {key: unpack_bits(array, 4) for key, array in arrays.items() if key != "scales"}
+        return arrays | {key: (codes ^ 8) - 8 for key, codes in halves.items()}
 
     def _unpacked(self, name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Operands of MatMulNBits and GatherBlockQuantized: codes (rows, cols), the others (rows, blocks)."""

@@ -9,11 +9,14 @@ Right operand of a MatMul, weight (N, K) = (out, in) turned to (K, N), axis 0:
 | zero_points | INT4 / INT8             | (blocks, N)      | absent means 0                                       |
 | offsets     | FLOAT                   | (blocks, N)      | not an operand: the minima of layouts that have them |
 
-One scale a row and 8 bits, as integer kernels want it: codes INT8 (K, N), scales FLOAT (N), axis 1, no `block_size`.
+One scale a row and 8 bits, as integer kernels want it: codes UINT8 (K, N), scales FLOAT (N), zero points UINT8 (N),
+all 128, axis 1, no `block_size`. Unsigned, since ONNX Runtime multiplies UINT8 by INT8 on processors without VNNI in
+16-bit sums that saturate, and UINT8 by UINT8 exactly everywhere.
 
-With a free minimum the codes are UINT4 / UINT8 and the zero point is 0. The table of a lookup lies in the same way, so
-that a head which shares it needs no Transpose. Its codes are INT8, since Gather takes no narrower type everywhere; it
-has zero points. ONNX Runtime fuses what one node reads: a table that lookup and head share is decoded for every token.
+With a free minimum the codes are UINT4 / UINT8 and the zero point is 0. The table of a lookup holds the same bytes.
+Gather takes no 4-bit type, so it reads pairs of them, neighbours in a row of (K, N), as one UINT8 (K, N / 2); codes of
+an odd number of rows are INT8. ONNX Runtime fuses only what one node reads, so where lookup and head share a table the
+bytes have two names, and lie in the file once.
 
 Definition: DequantizeLinear-21 of ONNX; INT4 packing: docs/docsgen/source/technical/int4.md of ONNX.
 """
@@ -40,18 +43,23 @@ class Blocked:
 
     Attributes:
         nbits: the same matrix as MatMulNBits would hold it; blocks, zero points and offsets are the same.
-        table: with one code a byte, for lookups.
+        whole: every code in a byte of its own.
     """
 
     nbits: NBits
-    table: bool = False
+    whole: bool = False
 
     @property
     def code_type(self) -> int:
         """TensorProto type of the codes."""
-        if self.table or self.nbits.bits == 8:
+        if self.whole or self.nbits.bits == 8:
             return UINT8 if self.nbits.offsets else INT8
         return UINT4 if self.nbits.offsets else INT4
+
+    @property
+    def paired(self) -> bool:
+        """Whether two codes share a byte."""
+        return BITS[self.code_type] == 4
 
     def shapes(self, rows: int) -> dict[str, tuple[int, tuple[int, ...]]]:
         """TensorProto type and shape of each operand for a matrix of `rows` rows."""
@@ -65,6 +73,15 @@ class Blocked:
             found["offsets"] = (FLOAT, (self.nbits.blocks, rows))
         return found
 
+    def lookup_shapes(self, rows: int) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """The same bytes in types that Gather takes, by operand."""
+        if not self.paired:
+            return self.shapes(rows)
+        return {
+            key: (kind, shape) if kind == FLOAT else (UINT8, (shape[0], shape[1] // 2))
+            for key, (kind, shape) in self.shapes(rows).items()
+        }
+
     def nbytes(self, rows: int) -> int:
         """Bytes of all operands."""
         return sum(-(-math.prod(shape) * BITS[kind] // 8) for kind, shape in self.shapes(rows).values())
@@ -72,13 +89,14 @@ class Blocked:
 
 def channel_shapes(rows: int, cols: int) -> dict[str, tuple[int, tuple[int, ...]]]:
     """TensorProto type and shape of the operands of a symmetric 8-bit matrix with one scale a row: axis 1."""
-    return {"codes": (INT8, (cols, rows)), "scales": (FLOAT, (rows,))}
+    return {"codes": (UINT8, (cols, rows)), "scales": (FLOAT, (rows,)), "zero_points": (UINT8, (rows,))}
 
 
 def pack_channels(arrays: Mapping[str, np.ndarray]) -> Arrays:
-    """Those operands: codes turned to (K, N), scales (N)."""
-    codes = np.ascontiguousarray(arrays["codes"].T)
-    return {"codes": codes, "scales": arrays["scale"][:, 0].astype(np.float32)}
+    """Those operands: codes turned to (K, N), scales (N), zero points (N)."""
+    codes = np.ascontiguousarray(arrays["codes"].T).view(np.uint8) ^ np.uint8(128)
+    scales = arrays["scale"][:, 0].astype(np.float32)
+    return {"codes": codes, "scales": scales, "zero_points": np.full(len(scales), 128, np.uint8)}
 
 
 def pack(layout: Layout, arrays: Mapping[str, np.ndarray], spec: Blocked) -> Arrays:

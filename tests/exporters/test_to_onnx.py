@@ -19,14 +19,19 @@ from tightship.exporters.onnx_assemble import write_graph
 from tightship.exporters.onnx_candidates.direct import DirectCandidate
 from tightship.exporters.onnx_candidates.mobius_graphs import MobiusCandidate
 from tightship.exporters.onnx_candidates.skeleton import Candidate
-from tightship.exporters.onnx_storage import Style
+from tightship.exporters.onnx_emit import Emitter
+from tightship.exporters.onnx_storage import Style, storage
+from tightship.exporters.onnx_units import Unit, Use
 from tightship.exporters.to_onnx import OnnxExporter, reference_graph
 from tightship.formats.layouts import parse_layout
 from tightship.formats.onnx_file import read_onnx
+from tightship.formats.onnx_writer import write_onnx
 from tightship.opening import open_checkpoint
 from tightship.target import Exported, Target, TargetPlan, no_progress
+from tightship.validators.integers import digest, pieces_of
 from tightship.validators.parity import judge
 from tightship.validators.runtimes import genai, onnx_runtime
+from tightship.validators.stored_onnx import OnnxStored
 from tightship.weights import Alias, Dense, Factored, Quantized, Sum, Weight
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -199,14 +204,60 @@ def test_low_rank_and_free_minima(ember: Checkpoint, build: Build, word: str, po
     assert relative_l2(in_onnx_runtime(directory, IDS, want="decode")["logits"], expected) <= 1e-5
 
 
-@pytest.mark.parametrize("scheme", ["int4", "int8-portable"])
-def test_quantized_embedding_shared_with_the_head(ember: Checkpoint, build: Build, scheme: str) -> None:
-    directory, plan, _ = build(ember, scheme, include=["embeddings", "head"])
+SHARED = [("int4", "int4"), ("int4-portable", "int4"), ("int4-portable", "int4-g64-asym"), ("int8-portable", "int8")]
+
+
+@pytest.mark.parametrize(("scheme", "layout"), SHARED)
+def test_quantized_embedding_shared_with_the_head(
+    ember: Checkpoint, build: Build, tmp_path: Path, scheme: str, layout: str
+) -> None:
+    """One table, in the file once, looked up and multiplied; ONNX Runtime multiplies it by its own kernel."""
+    directory, plan, _ = build(ember, scheme, include=["embeddings", "head"], layout=layout)
     solved = rounded(ember, EXPORTER.layout_for(ember, plan.target))
     expected = transformers_outputs(solved, EXAMPLES / "ember", IDS)["logits"]
     assert relative_l2(in_onnx_runtime(directory, IDS)["logits"], expected) <= 1e-5
-    names = [i.name for i in onnx.load(directory / "model.onnx", load_external_data=False).graph.initializer]
-    assert not [name for name in names if name.startswith("lm_head")]
+    model = onnx.load(directory / "model.onnx", load_external_data=False)
+    assert not [i.name for i in model.graph.initializer if i.name.startswith("lm_head")]
+    assert optimized(directory, tmp_path).count("MatMulNBits") == len(ember.linears()) + 1
+    table = next(t for t in plan.tensors if t.name == "model.embed_tokens.weight")
+    assert table.nbytes < 1024 * 256 * (0.7 if "int4" in layout else 1.3)
+    assert (directory / "model.onnx_data").stat().st_size < 1.05 * plan.file_bytes
+    stored = OnnxStored(solved, directory / "model.onnx")
+    weight = solved.weights[table.name]
+    assert isinstance(weight, Quantized)
+    np.testing.assert_array_equal(stored.value(table.name), weight.value())
+    pieces = stored.integers(table.name)
+    assert pieces is not None
+    assert digest(pieces) == digest(pieces_of(weight.layout, weight.read()))
+    assert read_onnx(directory / "model.onnx").weights < 1.05 * sum(int(np.prod(t.shape)) for t in plan.tensors)
+
+
+@pytest.mark.parametrize("rows", [96, 97])
+def test_a_portable_table_of_any_number_of_rows(tmp_path: Path, rows: int) -> None:
+    """Pairs of codes in a byte where rows are even, a byte each where they are not; every row comes back exactly."""
+    import onnx_ir as ir
+    import onnxruntime as ort
+
+    layout = parse_layout("int4-g16-asym")
+    values = np.random.default_rng(0).standard_normal((rows, 32)).astype(np.float32)
+    table = Quantized.of(layout, layout.quantize(values))
+    ids = ir.Value(name="ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["n"]))
+    weight = ir.Value(name="w", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([rows, 32]))
+    node = ir.node("Gather", [weight, ids], {"axis": 0})
+    node.outputs[0].name, node.outputs[0].type = "y", weight.type
+    graph = ir.Graph([ids], node.outputs, nodes=[node], opset_imports={"": 23}, name="main")
+    emitter = Emitter(graph, Style(portable=True))
+    emitter.place(Unit("t", "t", table, [Use(node, 0, turned=False)]))
+    proto = ir.serde.serialize_model(ir.Model(graph, ir_version=10))
+    write_onnx(proto, [*emitter.constants, *emitter.initializers], tmp_path)
+    session = ort.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"ids": np.arange(rows)})
+    np.testing.assert_array_equal(got, table.value())
+    codes = next(i for i in emitter.initializers if i.name == "t.lookup.codes")
+    assert codes.nbytes == rows * 32 // (2 if rows == 96 else 1)
+    assert emitter.initializers[0].nbytes + emitter.initializers[1].nbytes + emitter.initializers[2].nbytes == (
+        storage(table, Style(portable=True), table=True).nbytes
+    )
 
 
 @pytest.mark.parametrize("candidate", [MobiusCandidate(), DirectCandidate()])
@@ -223,26 +274,28 @@ def test_k_quants_keep_their_integers(ember: Checkpoint, tmp_path: Path, word: s
 
 
 def test_dynamic_activations_reach_the_integer_kernel(ember: Checkpoint, build: Build, tmp_path: Path) -> None:
-    """ONNX Runtime's optimiser leaves DynamicQuantizeMatMul for every matrix; as stored the graph is standard."""
-    import onnxruntime as ort
-
+    """ONNX Runtime's optimiser leaves MatMulIntegerToFloat for every matrix; as stored the graph is standard."""
     directory, plan, _ = build(ember, "int8-dynamic")
     stored = onnx.load(directory / "model.onnx", load_external_data=False)
     assert {node.domain for node in stored.graph.node} == {""}
+    assert optimized(directory, tmp_path).count("MatMulIntegerToFloat") == 14
+    assert len([t for t in plan.tensors if t.storage == "DequantizeLinear UINT8, by channel"]) == 14
+
+
+def optimized(directory: Path, scratch: Path) -> list[str]:
+    """Types of the nodes that ONNX Runtime runs."""
+    import onnxruntime as ort
+
     options = ort.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(scratch / "optimized.onnx")
     ort.InferenceSession(str(directory / "model.onnx"), options, providers=["CPUExecutionProvider"])
-    optimized = onnx.load(tmp_path / "optimized.onnx", load_external_data=False)
-    ran = [node.op_type for node in optimized.graph.node]
-    assert ran.count("DynamicQuantizeMatMul") + ran.count("MatMulIntegerToFloat") == 14
-    assert len([t for t in plan.tensors if t.storage == "DequantizeLinear INT8, by channel"]) == 14
+    return [node.op_type for node in onnx.load(scratch / "optimized.onnx", load_external_data=False).graph.node]
 
 
 @pytest.mark.parametrize("word", ["int8-static", "int8-static-asym"])
 def test_calibrated_activations(ember: Checkpoint, build: Build, tmp_path: Path, word: str) -> None:
     """Right without rounding; the ranges given are the ones that round; every matrix runs in the integer kernel."""
-    import onnxruntime as ort
-
     inputs = {i.name.removesuffix(".weight"): fixed(word, -9.0, 6.0 + n) for n, i in enumerate(ember.linears())}
     directory, plan, _ = build(ember.replace(activations=inputs), "int8-static")
     solved = rounded(ember, EXPORTER.layout_for(ember, plan.target))
@@ -256,10 +309,7 @@ def test_calibrated_activations(ember: Checkpoint, build: Build, tmp_path: Path,
     for _, scale, zero in quantizers:
         given = inputs[scale.removesuffix(".input_scale")]
         assert (float(held[scale]), int(held[zero])) == (given.scale, (given.zero_point or 0) + 128)
-    options = ort.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    ort.InferenceSession(str(directory / "model.onnx"), options, providers=["CPUExecutionProvider"])
-    ran = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node]
+    ran = optimized(directory, tmp_path)
     assert ran.count("MatMulIntegerToFloat") == len(inputs)
     assert ran.count("MatMul") == 1  # the head
 
@@ -269,6 +319,9 @@ def test_activations_that_onnx_cannot_round_are_refused(ember: Checkpoint) -> No
     with pytest.raises(Unsupported, match="fp8-dynamic") as caught:
         EXPORTER.plan(ember.replace(activations={name: Activations("fp8-dynamic")}), Target("onnx"))
     assert caught.value.tensor == name
+    with pytest.raises(Unsupported, match="one scale a row") as caught:
+        EXPORTER.plan(ember.replace(activations={name: Activations("int8-dynamic")}), Target("onnx"))
+    assert caught.value.tensor == f"{name}.weight"
 
 
 @pytest.mark.parametrize(("scheme", "level"), [("int8", 0), ("int2", 1)])
