@@ -8,7 +8,8 @@ rounded to int4 (group 32, to nearest); the joint sweep prunes and rounds at onc
 bootstrap intervals over test windows of the mean difference to uniform SparseGPT, paired by window and averaged over
 the subsets before resampling.
 
-Writes sparsity-NAME.json and .md, rewritten after every row; rows that are there already are not computed again.
+Writes sparsity-NAME.json and .md, rewritten after every row; rows that are there already are not computed again, so
+that `--minutes`, after which no new row is begun, cuts a long table into short runs.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class Bench:
     trials: int
     save: Any
     report: dict[str, Any]
+    deadline: float = math.inf
     surveys: dict[Any, str] = field(default_factory=dict)
 
     def row(self, subset: int, level: str, how: str, make: Any) -> Row:
@@ -73,6 +75,8 @@ class Bench:
             if {k: row[k] for k in key} == key:
                 return row
         started = time.monotonic()
+        if started > self.deadline:
+            raise SystemExit("time is up; the next run continues here")
         row = {**key, **self.measure(make()), "seconds": round(time.monotonic() - started, 1)}
         self.report["rows"].append(row)
         self.save(self.report)
@@ -251,6 +255,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test-tokens", type=int, default=6144)
     parser.add_argument("--sequence", type=int, default=256)
     parser.add_argument("--trials", type=int, default=40, help="of the search")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no new row after so many")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     return parser.parse_args()
@@ -288,7 +293,9 @@ def main() -> None:
 
     options.out.mkdir(parents=True, exist_ok=True)
     run = Run(threads=options.threads, tokens=options.tokens, sequence=options.sequence)
-    fill(Bench(checkpoint, run, parts, whole, options.trials, save, report), options.subsets, options.levels)
+    deadline = time.monotonic() + 60 * options.minutes
+    bench = Bench(checkpoint, run, parts, whole, options.trials, save, report, deadline)
+    fill(bench, options.subsets, options.levels)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tightship.checkpoint import Checkpoint
+from tightship.per_layer import has_unlike_layers
 
 # "decoder" is the generic text type: it takes the names of the graph contract and position_ids. Naming a family would
 # change nothing for most and break others (gpt2 stands for one combined cache tensor a layer).
@@ -29,6 +30,11 @@ class Cache:
     heads: int
     size: int
     shared: bool = False
+
+
+def fits(checkpoint: Checkpoint) -> bool:
+    """Whether the file can describe the model: it has one number of key heads for all layers."""
+    return not has_unlike_layers(checkpoint.config) or len(set(checkpoint.widths("kv_heads"))) == 1
 
 
 def genai_config(checkpoint: Checkpoint, main: str, cache: Cache) -> bytes:

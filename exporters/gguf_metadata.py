@@ -16,6 +16,7 @@ from tightship.checkpoint import Checkpoint, digest_json
 from tightship.errors import Unsupported, UsageError
 from tightship.exporters.gguf_rope import rope
 from tightship.formats.gguf_file import Field
+from tightship.per_layer import has_unlike_layers
 from tightship.untrusted import strict_json
 
 # Config keys that change what a model computes, and the values that change nothing. A family that maps a key names it
@@ -100,9 +101,9 @@ def model_fields(checkpoint: Checkpoint, context: int | None = None) -> dict[str
         "context_length": Field("u32", length),
         "embedding_length": Field("u32", hyper["hidden"]),
         "block_count": Field("u32", hyper["layers"]),
-        "feed_forward_length": Field("u32", hyper.get("ffn", 0)),
+        "feed_forward_length": _width(checkpoint, "ffn"),
         gguf["norm_key"]: Field("f32", hyper["norm_eps"]),
-        **_attention(hyper),
+        **_attention(checkpoint),
     }
     if gguf["rope"] != "none":
         fields |= rope(config, {**hyper, "head_dim": head_dim(hyper)}, gguf).fields
@@ -119,13 +120,21 @@ def model_fields(checkpoint: Checkpoint, context: int | None = None) -> dict[str
     return prefixed
 
 
-def _attention(hyper: Mapping[str, Any]) -> dict[str, Field]:
+def _width(checkpoint: Checkpoint, name: str) -> Field:
+    """A width of the blocks: a number, or one for each where blocks differ in widths."""
+    if not has_unlike_layers(checkpoint.config):
+        return Field("u32", checkpoint.hyper.get(name, 0))
+    return Field("[u32]", checkpoint.widths(name))
+
+
+def _attention(checkpoint: Checkpoint) -> dict[str, Field]:
     """Heads and their sizes; none in a model without attention."""
+    hyper = checkpoint.hyper
     if "heads" not in hyper:
         return {"attention.head_count": Field("u32", 0)}
     return {
-        "attention.head_count": Field("u32", hyper["heads"]),
-        "attention.head_count_kv": Field("u32", hyper.get("kv_heads", hyper["heads"])),
+        "attention.head_count": _width(checkpoint, "heads"),
+        "attention.head_count_kv": _width(checkpoint, "kv_heads" if "kv_heads" in hyper else "heads"),
         "attention.key_length": Field("u32", head_dim(hyper)),
         "attention.value_length": Field("u32", head_dim(hyper)),
     }
@@ -141,7 +150,27 @@ def gguf_section(checkpoint: Checkpoint) -> Mapping[str, Any]:
     if architecture.gguf is None:
         why = architecture.gguf_refusal or "its architecture file has no GGUF section"
         raise Unsupported(f"{architecture.family} models cannot be written as GGUF: {why}")
-    return architecture.gguf
+    if not has_unlike_layers(checkpoint.config):
+        return architecture.gguf
+    return {**architecture.gguf, "arch": _unlike_arch(checkpoint)}
+
+
+def _unlike_arch(checkpoint: Checkpoint) -> str:
+    """llama.cpp's architecture for this family with widths of its own for each layer.
+
+    Raises:
+        Unsupported: there is none, or its one size of heads does not fit.
+    """
+    gguf = checkpoint.architecture.gguf or {}
+    if "unlike_arch" not in gguf:
+        raise Unsupported(
+            f"llama.cpp has no {checkpoint.architecture.family} graph whose layers differ in width",
+            hint="leave out uniform: false, or use ONNX",
+        )
+    sizes = {head_dim(checkpoint.hyper_of(n)) for n in range(int(checkpoint.hyper["layers"]))}
+    if len(sizes) > 1:
+        raise Unsupported(f"llama.cpp wants heads of one size in all layers, found {sorted(sizes)}")
+    return str(gguf["unlike_arch"])
 
 
 def head_dim(hyper: Mapping[str, Any]) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tightship.checkpoint import Checkpoint
 from tightship.errors import GateFailed, Unsupported, UsageError
-from tightship.exporters.genai_config import Cache, genai_config
+from tightship.exporters.genai_config import Cache, fits, genai_config
 from tightship.exporters.onnx_assemble import write_graph
 from tightship.exporters.onnx_candidates import candidates
 from tightship.exporters.onnx_candidates.fused import shares_cache
@@ -74,7 +74,10 @@ class OnnxExporter:
             tensors.append(TensorPlan(name, name, tuple(weight.shape), word, answer.storage, answer.nbytes, reason))
         total = sum(t.nbytes for t in tensors)
         multiplied = speed_notes(t.storage for t in tensors if _kind(checkpoint, t.name) not in TABLES)
-        return TargetPlan(target, tuple(tensors), total, (*_notes(tensors), *multiplied, *_omissions(needless)))
+        notes = (*_notes(tensors), *multiplied, *_omissions(needless))
+        if not fits(checkpoint):
+            notes = (*notes, "no genai_config.json: onnxruntime-genai has one number of key heads for all layers")
+        return TargetPlan(target, tuple(tensors), total, notes)
 
     def export(
         self, checkpoint: Checkpoint, plan: TargetPlan, directory: Path, progress: Progress = no_progress
@@ -130,10 +133,10 @@ def cache_of(skeleton: Skeleton) -> Cache | None:
 
 
 def write_companions(checkpoint: Checkpoint, directory: Path, cache: Cache | None, main: str = MAIN) -> None:
-    """config.json, tokenizer files, and genai_config.json for decoders (those with a cache)."""
+    """config.json, tokenizer files, and genai_config.json for decoders that it can describe (those with a cache)."""
     config = {**checkpoint.config, "transformers.js_config": {"use_external_data_format": {MAIN: True}}}
     files = {**checkpoint.files, "config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
-    if cache:
+    if cache and fits(checkpoint):
         files["genai_config.json"] = genai_config(checkpoint, main, cache)
     for name, data in files.items():
         path = directory / name

@@ -15,7 +15,7 @@ from typing import Any
 
 from tightship.checkpoint import Checkpoint
 from tightship.dtypes import dtype
-from tightship.errors import UsageError
+from tightship.errors import Unsupported, UsageError
 from tightship.exporters.ct_config import check_readable, module, quantization_config, reader_notes
 from tightship.exporters.hf_config import config_bytes, portable_config
 from tightship.exporters.method_configs import method_config
@@ -24,6 +24,7 @@ from tightship.exporters.safetensors_schemes import activations_of, layouts_of, 
 from tightship.exporters.safetensors_shards import Shard, cut, index_bytes
 from tightship.formats.safetensors_file import SafetensorsWriter
 from tightship.layout import Layout
+from tightship.per_layer import KEY, has_unlike_layers
 from tightship.target import Exported, Progress, Target, TargetPlan, TensorPlan, no_progress, sorted_files
 from tightship.weights import Dense, Quantized, Stored
 
@@ -58,6 +59,11 @@ class SafetensorsExporter:
             Unsupported: a layout or module that this container cannot carry exactly.
             UsageError: the checkpoint is not what the target's scheme asks for.
         """
+        if has_unlike_layers(checkpoint.config):
+            raise Unsupported(
+                f"transformers reads {KEY} and builds no {checkpoint.architecture.family} layers by it",
+                hint="leave out uniform: false, or use gguf or onnx, which hold layers of unlike widths",
+            )
         _check_scheme(checkpoint, layouts_of(checkpoint, target))
         every = items(checkpoint, method_of(target))
         layouts, infos = _layouts(checkpoint), checkpoint.infos()

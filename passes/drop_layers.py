@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported, UsageError
 from tightship.passes.base import Needs, Pass, Run
+from tightship.per_layer import KEY, has_unlike_layers
 from tightship.weights import Alias, Weight
 
 _ONE_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -146,6 +147,8 @@ def _config(checkpoint: Checkpoint, stay: list[int], total: int) -> dict[str, An
             if len(config[key]) != total:
                 raise Unsupported(f"config {key} has {len(config[key])} entries where the model has {total} layers")
             config[key] = [config[key][n] for n in stay]
+    if has_unlike_layers(config):
+        config[KEY] = {str(new): config[KEY][str(old)] for new, old in enumerate(stay) if str(old) in config[KEY]}
     for key in _LAYER_NUMBERS:
         if config.get(key) is not None:
             config[key] = [stay.index(n) for n in config[key] if n in stay]

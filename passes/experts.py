@@ -21,7 +21,7 @@ from tightship.checkpoint import Checkpoint
 from tightship.modelview import ModelView
 from tightship.passes.base import Run
 from tightship.passes.calibration import MomentSums, calibration_windows
-from tightship.passes.structure import Kept, cut, runs_through
+from tightship.passes.structure import Kept, cut, resized, runs_through
 from tightship.weights import Dense, Weight
 
 
@@ -108,7 +108,8 @@ def fewer_experts(checkpoint: Checkpoint, stay: dict[int, np.ndarray]) -> Checkp
             renamed[names[info.rule.disk, info.block, int(place[0])]] = checkpoint.weights[name]
     keep = len(next(iter(stay.values())))
     kept: dict[tuple[int, int | None], Kept] = {(block, None): {"experts": n} for block, n in stay.items()}
-    return cut(checkpoint, kept, {"experts": keep}).with_weights(renamed, dropped=set(gone) - renamed.keys())
+    config = resized(checkpoint, {"experts": keep})
+    return cut(checkpoint, kept, config).with_weights(renamed, dropped=set(gone) - renamed.keys())
 
 
 def _merged(checkpoint: Checkpoint, block: int, saliency: np.ndarray, stay: np.ndarray) -> dict[str, Weight]:

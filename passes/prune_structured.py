@@ -9,7 +9,10 @@
 
 Each is the share to remove. Widths come in whole multiples of `multiple` (whole heads), so the share that is reached
 can differ from the share asked for; `report.json` has both. A family's architecture file says which units it can lose.
-Every block keeps as many as every other.
+
+Every block keeps as many as every other, or, with `uniform: false`, as many as it needs (`allotment`): heads and MLP
+channels then differ from block to block under the same total, and config.json says so in `per_layer_config`. ONNX holds
+such models, and GGUF where llama.cpp has a graph for them; transformers, and so safetensors, do not.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported, UsageError
 from tightship.passes.base import Needs, Pass, Run
 from tightship.passes.hessian import DAMP
-from tightship.passes.spaces import Space, counts_kept, space_of
+from tightship.passes.spaces import Space, check_unlike, counts_kept, space_of
 
 _SHARES = ("experts", "heads", "ffn", "width")
 
@@ -42,6 +45,7 @@ class PruneStructured(Pass):
     experts: float = 0.0
     multiple: int = 32
     merge: bool = False
+    uniform: bool = True
     damp: float = DAMP
 
     def __post_init__(self) -> None:
@@ -54,6 +58,8 @@ class PruneStructured(Pass):
             raise UsageError(f"prune-structured: multiple is a count of channels, found {self.multiple}")
         if self.merge and not self.experts:
             raise UsageError("prune-structured: merge is about experts; give a share of them")
+        if not self.uniform and not (self.heads or self.ffn):
+            raise UsageError("prune-structured: blocks may differ in heads and ffn; give a share of one of them")
 
     @property
     def shares(self) -> dict[str, float]:
@@ -70,6 +76,8 @@ class PruneStructured(Pass):
 
     def requires(self, checkpoint: Checkpoint) -> None:
         self.counts(checkpoint)
+        if not self.uniform:
+            check_unlike(checkpoint, self.spaces(checkpoint).values(), self.multiple)
         for info in checkpoint.linears():
             if getattr(checkpoint.weights[info.name], "layout", None) is not None:
                 raise Unsupported("lies on a grid already; prune before quantizing", tensor=info.name)
@@ -84,12 +92,13 @@ class PruneStructured(Pass):
         Raises:
             UsageError: rounding leaves nothing to remove.
         """
-        return counts_kept(checkpoint, {n: s for n, s in self.shares.items() if s}, self.multiple)
+        shares = {n: s for n, s in self.shares.items() if s}
+        return counts_kept(checkpoint, shares, self.multiple, uniform=self.uniform)
 
     def outline(self, checkpoint: Checkpoint) -> Checkpoint:
         from tightship.passes.structural import narrowed
 
-        return narrowed(checkpoint, self.counts(checkpoint))
+        return narrowed(checkpoint, self.counts(checkpoint), uniform=self.uniform)
 
     def apply(self, checkpoint: Checkpoint, run: Run) -> Checkpoint:
         from tightship.passes.structural import smaller

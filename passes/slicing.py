@@ -24,7 +24,7 @@ from tightship.errors import Unsupported
 from tightship.modelview import ModelView
 from tightship.passes.base import Run
 from tightship.passes.calibration import calibration_windows
-from tightship.passes.structure import config_keys, resized, runs_through
+from tightship.passes.structure import resized, runs_through
 from tightship.weights import Alias, Dense, Stored, Weight
 
 
@@ -72,7 +72,7 @@ def sliced(checkpoint: Checkpoint, rotation: np.ndarray) -> Checkpoint:
             shape = tuple(width if axis == "hidden" else size for axis, size in axes)
             changed[name] = Dense(shape, weight.dtype, _lazily(weight, change))
     config = resized(checkpoint, {"hidden": width})
-    for key in config_keys(checkpoint, "norm_eps"):
+    for key in checkpoint.architecture.keys("norm_eps"):
         if key in config:
             config[key] = config[key] * hidden / width
     if whole is not checkpoint:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from tightship.architecture import TensorInfo
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported, UsageError
 from tightship.passes.structure import Kept, places, runs_through
+from tightship.per_layer import has_unlike_layers
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ class Space:
         axis = info.rule.shape[-1]
         return np.stack([places(axis, hyper, self.kept(np.array([unit]))) for unit in range(self.units)])
 
+    def step(self, multiple: int) -> int:
+        """The least number of units whose channels are a multiple of `multiple`."""
+        return multiple // math.gcd(self.channels, multiple)
+
     def sizes(self, count: int) -> dict[str, int]:
         """Hyper-parameters where `count` units stay."""
         return {width: count * n for width, n in self.widths.items()}
@@ -62,6 +68,11 @@ def space_of(checkpoint: Checkpoint, name: str) -> Space:
             f"prune-structured: a {architecture.family} model cannot lose {name}: its config.json has no width of its "
             f"own for them, or its graph ties them to others; it can lose {able}",
             hint="drop-layers works on every decoder",
+        )
+    if name != "width" and has_unlike_layers(checkpoint.config):
+        raise Unsupported(
+            f"prune-structured: {name}: the layers of this model have widths of their own already",
+            hint="ask for all shares in one pass",
         )
     return _MAKERS[name](hyper, listed[name])
 
@@ -92,8 +103,12 @@ _MAKERS: dict[str, Callable[[Any, Any], Space]] = {
 }
 
 
-def counts_kept(checkpoint: Checkpoint, shares: Mapping[str, float], multiple: int) -> dict[str, int]:
+def counts_kept(
+    checkpoint: Checkpoint, shares: Mapping[str, float], multiple: int, *, uniform: bool = True
+) -> dict[str, int]:
     """Units of each space that stay where `shares` of them are to go: the nearest numbers that are allowed.
+
+    Where blocks may differ (not `uniform`) these are means, and config.json keeps its number of heads.
 
     Raises:
         Unsupported: see `space_of`.
@@ -107,14 +122,32 @@ def counts_kept(checkpoint: Checkpoint, shares: Mapping[str, float], multiple: i
             allowed = [n for n in allowed if n >= int(hyper["experts_used"])]
         # transformers refuses heads that do not divide the stream, although the config has a head size of its own
         divisor = checkpoint.architecture.prunable.get("heads") == "divisor"
-        if name == "heads" and divisor and "width" not in shares:
+        if name == "heads" and divisor and uniform and "width" not in shares:
             allowed = [n for n in allowed if int(hyper["hidden"]) % (n * space.widths["heads"]) == 0]
         if name == "width" and divisor:
             queries = int(hyper["heads"]) // int(hyper["kv_heads"])
-            heads = counts.get("heads", int(hyper["kv_heads"])) * queries
+            heads = (counts["heads"] if uniform and "heads" in counts else int(hyper["kv_heads"])) * queries
             allowed = [n for n in allowed if n % heads == 0]
         counts[name] = _nearest(space, allowed, share, multiple)
     return counts
+
+
+def check_unlike(checkpoint: Checkpoint, spaces: Iterable[Space], multiple: int) -> None:
+    """Refuse what cannot differ from block to block.
+
+    Raises:
+        Unsupported: the experts of a mixture.
+        UsageError: units that are no whole number of steps.
+    """
+    if "experts" in checkpoint.hyper:
+        raise Unsupported("prune-structured: the blocks of a mixture of experts cannot differ", hint="uniform: true")
+    for space in spaces:
+        if space.channels and space.name != "width" and space.units % space.step(multiple):
+            raise UsageError(
+                f"prune-structured: {space.name}: {space.units} units are no whole number of steps of {multiple} "
+                "channels, so blocks cannot differ by such steps",
+                hint="a smaller `multiple`",
+            )
 
 
 def _nearest(space: Space, allowed: list[int], share: float, multiple: int) -> int:

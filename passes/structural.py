@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tightship.checkpoint import Checkpoint
 from tightship.dtypes import dtype
+from tightship.passes.allotment import allotted
 from tightship.passes.base import Run
 from tightship.passes.calibration import Figures, Moments, solve_blocks
 from tightship.passes.experts import fewer_experts, with_fewer_experts
@@ -17,7 +18,7 @@ from tightship.passes.masks import finite
 from tightship.passes.silence import loud_units, silenced
 from tightship.passes.slicing import principal_directions, sliced
 from tightship.passes.spaces import Space, space_of
-from tightship.passes.structure import cut
+from tightship.passes.structure import Kept, cut, resized, resized_layers
 from tightship.weights import Dense, Stored
 
 if TYPE_CHECKING:
@@ -25,15 +26,23 @@ if TYPE_CHECKING:
 
 _INNER = ("heads", "ffn")
 
+Keep = Mapping[str, Sequence[int]]
+"""Space -> units that stay in each block."""
+
 
 def smaller(spec: PruneStructured, checkpoint: Checkpoint, counts: Mapping[str, int], run: Run) -> Checkpoint:
-    """Everything that `counts` asks for: space -> units that stay in each block."""
+    """Everything that `counts` asks for: space -> units that stay in each block, on average where blocks may differ."""
     if "experts" in counts:
         checkpoint = with_fewer_experts(checkpoint, counts["experts"], run, merge=spec.merge)
     spaces = [space_of(checkpoint, name) for name in _INNER if name in counts]
     if spaces:
-        quiet = silence(checkpoint, spaces, counts, run, spec.damp)
-        checkpoint = cut_silent(quiet, spaces, counts)
+        keep = _alike(checkpoint, counts)
+        if not spec.uniform:
+            keep = allotted(spec, checkpoint, spaces, counts, run)
+            for name, units in keep.items():
+                run.report(f"{name} that stay", {f"block {block}": count for block, count in enumerate(units)})
+        quiet = silence(checkpoint, spaces, keep, run, spec.damp)
+        checkpoint = cut_silent(quiet, spaces, keep, uniform=spec.uniform)
     if "width" in counts:
         directions, energy = principal_directions(checkpoint, run)
         run.report("principal directions", {"energy": float(energy[: counts["width"]].sum())})
@@ -41,10 +50,12 @@ def smaller(spec: PruneStructured, checkpoint: Checkpoint, counts: Mapping[str, 
     return checkpoint
 
 
-def silence(
-    checkpoint: Checkpoint, spaces: list[Space], counts: Mapping[str, int], run: Run, damp: float
-) -> Checkpoint:
-    """The same shapes, with all but `counts` units of every space silent in every block."""
+def _alike(checkpoint: Checkpoint, counts: Mapping[str, int]) -> dict[str, list[int]]:
+    return {name: [count] * int(checkpoint.hyper["layers"]) for name, count in counts.items()}
+
+
+def silence(checkpoint: Checkpoint, spaces: list[Space], keep: Keep, run: Run, damp: float) -> Checkpoint:
+    """The same shapes, with all but `keep` units of every space silent."""
     of = {info.name: (info, space) for space in spaces for info in space.readers(checkpoint)}
 
     def one(name: str, moments: Moments) -> tuple[Stored, Figures]:
@@ -52,34 +63,55 @@ def silence(
         weight = checkpoint.resolve(name)
         w = finite(name, weight.value())
         columns = space.columns(info, checkpoint.hyper)
-        quiet = silenced(w, moments.second, columns, counts[space.name], damp)
+        quiet = silenced(w, moments.second, columns, keep[space.name][int(info.block or 0)], damp)
         energy = loss(w, moments.second) or 1.0
         return Dense.of(quiet.astype(dtype(weight.dtype).numpy)), {"loss": loss(quiet - w, moments.second) / energy}
 
     return checkpoint.with_weights(solve_blocks(checkpoint, run, set(of), one, full=True))
 
 
-def cut_silent(checkpoint: Checkpoint, spaces: list[Space], counts: Mapping[str, int]) -> Checkpoint:
-    """The checkpoint without silent units, `counts` of them left: its outputs stay what they are."""
+def cut_silent(checkpoint: Checkpoint, spaces: list[Space], keep: Keep, *, uniform: bool = True) -> Checkpoint:
+    """The checkpoint without silent units, `keep` of them left: its outputs stay what they are."""
     kept: dict[tuple[int, int | None], dict[str, np.ndarray]] = {}
     for space in spaces:
         for info in space.readers(checkpoint):
+            block = int(info.block or 0)
             w = checkpoint.resolve(info.name).value()
-            loud = loud_units(w, space.columns(info, checkpoint.hyper), counts[space.name])
-            kept.setdefault((int(info.block or 0), info.expert), {}).update(space.kept(loud))
-    sizes = {width: size for space in spaces for width, size in space.sizes(counts[space.name]).items()}
-    return cut(checkpoint, kept, sizes)
+            loud = loud_units(w, space.columns(info, checkpoint.hyper), keep[space.name][block])
+            kept.setdefault((block, info.expert), {}).update(space.kept(loud))
+    return _cut_to(checkpoint, spaces, kept, keep, uniform=uniform)
 
 
-def narrowed(checkpoint: Checkpoint, counts: Mapping[str, int]) -> Checkpoint:
-    """Config, names and shapes of what `smaller` makes; which units stay is not known without data."""
+def _cut_to(
+    checkpoint: Checkpoint,
+    spaces: list[Space],
+    kept: Mapping[tuple[int, int | None], Kept],
+    keep: Keep,
+    *,
+    uniform: bool,
+) -> Checkpoint:
+    """The checkpoint with only the units `kept`; sizes for the whole model, or for each block where they may differ."""
+    layers = range(int(checkpoint.hyper["layers"]))
+    sizes = {n: {w: size for s in spaces for w, size in s.sizes(keep[s.name][n]).items()} for n in layers}
+    return cut(checkpoint, kept, resized(checkpoint, sizes[0]) if uniform else resized_layers(checkpoint, sizes))
+
+
+def narrowed(checkpoint: Checkpoint, counts: Mapping[str, int], *, uniform: bool) -> Checkpoint:
+    """Config, names and shapes of what `smaller` makes; which units stay is not known without data.
+
+    Nor is, where blocks may differ, how many stay in each: all get the mean, written out block by block.
+    """
     layers = range(int(checkpoint.hyper["layers"]))
     if "experts" in counts:
         checkpoint = fewer_experts(checkpoint, {block: np.arange(counts["experts"]) for block in layers})
-    for space in (space_of(checkpoint, name) for name in _INNER if name in counts):
-        first = space.kept(np.arange(counts[space.name]))
-        kept = {(int(info.block or 0), info.expert): first for info in space.readers(checkpoint)}
-        checkpoint = cut(checkpoint, kept, space.sizes(counts[space.name]))
+    spaces = [space_of(checkpoint, name) for name in _INNER if name in counts]
+    kept: dict[tuple[int, int | None], dict[str, np.ndarray]] = {}
+    for space in spaces:
+        for info in space.readers(checkpoint):
+            first = space.kept(np.arange(counts[space.name]))
+            kept.setdefault((int(info.block or 0), info.expert), {}).update(first)
+    if spaces:
+        checkpoint = _cut_to(checkpoint, spaces, kept, _alike(checkpoint, counts), uniform=uniform)
     if "width" in counts:
         checkpoint = sliced(checkpoint, np.eye(int(checkpoint.hyper["hidden"]))[:, : counts["width"]])
     return checkpoint

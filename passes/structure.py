@@ -20,6 +20,7 @@ import numpy as np
 from tightship.architecture import literal
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported
+from tightship.per_layer import KEY
 from tightship.weights import Alias, Dense, Weight
 
 Kept = Mapping[str, np.ndarray]
@@ -51,12 +52,12 @@ def _factors(term: str) -> list[str]:
     return [term] if "/" in term else re.split(r"\s*\*\s*", term.strip())
 
 
-def cut(checkpoint: Checkpoint, kept: Mapping[tuple[int, int | None], Kept], sizes: Mapping[str, int]) -> Checkpoint:
+def cut(checkpoint: Checkpoint, kept: Mapping[tuple[int, int | None], Kept], config: Mapping[str, Any]) -> Checkpoint:
     """The checkpoint with only the kept units.
 
     Args:
         kept: (block, expert) -> what stays there; tensors of a block outside its experts look under (block, None).
-        sizes: hyper-parameter -> its new value, for config.json.
+        config: config.json with the new sizes (`resized`, `resized_layers`).
 
     Raises:
         Unsupported: a tensor that is not dense.
@@ -71,7 +72,7 @@ def cut(checkpoint: Checkpoint, kept: Mapping[tuple[int, int | None], Kept], siz
             if not isinstance(weight, Dense):
                 raise Unsupported("only dense tensors can be cut", tensor=name, hint="prune before quantizing")
             changed[name] = taken(weight, [places(axis, hyper, here) for axis in info.rule.shape])
-    return checkpoint.with_weights(changed).replace(config=resized(checkpoint, sizes))
+    return checkpoint.with_weights(changed).replace(config=config)
 
 
 def taken(weight: Dense, index: Sequence[np.ndarray]) -> Dense:
@@ -89,16 +90,30 @@ def resized(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> dict[str, Any]:
     config, hyper = dict(checkpoint.config), checkpoint.hyper
     fixed = {"head_dim": hyper["head_dim"]} if {"heads", "hidden"} & sizes.keys() and hyper.get("head_dim") else {}
     for width, size in {**fixed, **sizes}.items():
-        keys = config_keys(checkpoint, width)
-        if not keys:
-            raise Unsupported(f"config.json of a {checkpoint.architecture.family} model has no key for {width}")
-        for key in [key for key in keys if config.get(key) is not None] or keys[:1]:
+        for key in _said(checkpoint, width):
             config[key] = size
     return config
 
 
-def config_keys(checkpoint: Checkpoint, width: str) -> list[str]:
-    """Top-level keys of config.json that say a width, in the order in which they are looked at."""
-    options = checkpoint.architecture.config[width]
-    words = [options] if isinstance(options, str) else options
-    return [word for word in words if isinstance(word, str) and re.fullmatch(r"[A-Za-z_0-9]+", word) and word != "none"]
+def resized_layers(checkpoint: Checkpoint, sizes: Mapping[int, Mapping[str, int]]) -> dict[str, Any]:
+    """config.json in which blocks have sizes of their own: block -> hyper-parameter -> value.
+
+    Raises:
+        Unsupported: the family's config.json has no key for a size.
+    """
+    layers = {
+        str(block): {key: size for width, size in own.items() for key in _said(checkpoint, width)}
+        for block, own in sizes.items()
+    }
+    hyper = checkpoint.hyper
+    heads = hyper.get("head_dim") and any("heads" in own for own in sizes.values())
+    fixed = {"head_dim": hyper["head_dim"]} if heads else {}
+    return {**resized(checkpoint, fixed), KEY: layers}
+
+
+def _said(checkpoint: Checkpoint, width: str) -> list[str]:
+    """The keys under which config.json says a width, or the one under which it would."""
+    keys = checkpoint.architecture.keys(width)
+    if not keys:
+        raise Unsupported(f"config.json of a {checkpoint.architecture.family} model has no key for {width}")
+    return [key for key in keys if checkpoint.config.get(key) is not None] or keys[:1]

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tightship.checkpoint import Checkpoint
+from tightship.exporters.genai_config import fits
 from tightship.report import Check, judge, not_run
 from tightship.target import TargetPlan
 from tightship.validators.metrics import LogitMeter, compare_hidden
@@ -75,7 +76,8 @@ DECODED = Run("onnxruntime", "onnx_runtime", "graph")
 def runs_for(plan: TargetPlan, checkpoint: Checkpoint) -> list[Run]:
     """The artifact's own runtimes, for the model's task."""
     decoder = checkpoint.architecture.task == "text-generation"
-    return [run for run in RUNS[plan.target.container] if decoder or not run.decoders_only]
+    mine = [run for run in RUNS[plan.target.container] if decoder or not run.decoders_only]
+    return [run for run in mine if run.module != "genai" or fits(checkpoint)]
 
 
 def execute(

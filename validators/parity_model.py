@@ -17,6 +17,7 @@ import numpy as np
 
 from tightship.architecture import TensorInfo
 from tightship.checkpoint import Checkpoint, Source
+from tightship.per_layer import KEY, has_unlike_layers, shared_config
 from tightship.weights import Alias, Dense, Weight
 
 HIDDEN, HEADS, HEAD_DIM, FFN, VOCABULARY = 64, 4, 16, 96, 211
@@ -101,6 +102,9 @@ def small_config(real: Checkpoint) -> dict[str, Any]:
     _shrink_rope(config, int(_rotary_width(config, real)))
     _shrink_tokens(config)
     _shrink_depth(config, real)
+    if has_unlike_layers(config):
+        own = {key for widths in config[KEY].values() for key in widths}
+        config[KEY] = {"0": {key: max(1, config[key] // 2) for key in sorted(own)}}  # half as wide as the others
     return config
 
 
@@ -186,7 +190,7 @@ def layer_kinds(config: Mapping[str, Any], layers: int) -> list[tuple[Any, ...]]
     """What tells layers apart, one tuple a layer: the layer type, then every per-layer list of the config."""
     from transformers import CONFIG_MAPPING
 
-    resolved = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    resolved = CONFIG_MAPPING[config["model_type"]].from_dict(shared_config(config))
     types = list(getattr(resolved, "layer_types", None) or ["full_attention"] * layers)
     lists = [
         value

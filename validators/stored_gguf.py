@@ -103,11 +103,12 @@ class GgufStored:
         transform = self._transform(name)
         if transform is None or transform in _FUNCTIONS:
             return None
+        hyper = self.checkpoint.hyper_of(self.infos[name].block)
         if transform == "qkv_by_group":
-            return _fused_rows(shape[0], int(self.checkpoint.hyper["heads"]), int(self.checkpoint.hyper["kv_heads"]))
+            return _fused_rows(shape[0], int(hyper["heads"]), int(hyper["kv_heads"]))
         if transform not in ("rope_permute_q", "rope_permute_k"):
             raise Malformed(f"the proof does not know the transform {transform!r}", tensor=name)
-        heads = int(self.checkpoint.hyper["heads" if transform == "rope_permute_q" else "kv_heads"])
+        heads = int(hyper["heads" if transform == "rope_permute_q" else "kv_heads"])
         size = shape[0] // heads
         row = np.arange(shape[0])
         head, inside = row // size, row % size

@@ -147,9 +147,11 @@ def _gguf_config(checkpoint: Checkpoint, path: Path) -> Iterator[Fault]:
     arch = fields.get("general.architecture")
     hyper = checkpoint.hyper
     for key, name in _GGUF_KEYS.items():
-        found = fields.get(f"{arch}.{key}")
-        if name in hyper and found is not None and not isinstance(found, list) and found != hyper[name]:
-            yield None, f"{arch}.{key} is {found}, config.json says {hyper[name]}"
+        found, wanted = fields.get(f"{arch}.{key}"), hyper.get(name)
+        if isinstance(found, list) and name in hyper:  # one a layer
+            wanted = checkpoint.widths(name)
+        if name in hyper and found is not None and found != wanted:
+            yield None, f"{arch}.{key} is {found}, config.json says {wanted}"
     tokens = fields.get("tokenizer.ggml.tokens")
     table = next((t for t in reader.tensors if t.name == "token_embd.weight"), None)
     if tokens is not None and table is not None and len(tokens) != int(table.shape[1]):

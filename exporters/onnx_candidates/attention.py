@@ -103,7 +103,7 @@ def projections(net: Network, block: int, x: ir.Value, size: int) -> list[Projec
     if not net.has(block, "attn_qkv"):
         roles = [f"attn_{letter}" for letter in "qkv"]
         return [(net.linear(x, block, role), net.rows(block, role)) for role in roles]
-    kv = int(net.hyper["kv_heads"]) * size
+    kv = int(net.hyper_of(block)["kv_heads"]) * size
     whole = net.rows(block, "attn_qkv")
     widths = (whole - 2 * kv, kv, kv)
     if net.family.fused == "groups":

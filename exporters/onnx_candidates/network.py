@@ -14,6 +14,7 @@ from tightship.errors import Unsupported
 from tightship.exporters.onnx_candidates.families import Family
 from tightship.exporters.onnx_candidates.graph_builder import FLOAT, GraphBuilder
 from tightship.exporters.onnx_candidates.skeleton import BATCH, PAST, SEQUENCE, TOTAL, Feed
+from tightship.per_layer import layer_config, shared_config
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -64,12 +65,16 @@ class Network(GraphBuilder):
         """Features of a position."""
         return int(self.hyper["hidden"])
 
+    def hyper_of(self, block: int) -> dict[str, Any]:
+        """Hyper-parameters as they hold for a block."""
+        return self.architecture.hyper(layer_config(self.config, block))
+
     @cached_property
     def resolved(self) -> Any:
         """transformers' config object."""
         from transformers import CONFIG_MAPPING
 
-        return CONFIG_MAPPING[self.config["model_type"]].from_dict(dict(self.config))
+        return CONFIG_MAPPING[self.config["model_type"]].from_dict(shared_config(self.config))
 
     def option(self, key: str, default: Any = None) -> Any:
         """A config value as transformers resolves it: its defaults where config.json is silent."""

@@ -19,6 +19,7 @@ from importlib import resources
 from typing import Any
 
 from tightship.errors import Malformed, Unsupported
+from tightship.per_layer import WIDTHS, check_layers, has_unlike_layers, layer_config
 from tightship.untrusted import strict_json
 
 KINDS = ("linear", "embedding", "head", "norm", "bias", "router", "position", "other")
@@ -124,16 +125,26 @@ class Architecture:
                 )
         return found
 
+    def keys(self, width: str) -> list[str]:
+        """Top-level keys of config.json that say a width, in the order in which they are looked at."""
+        options = self.config.get(width, ())
+        words = [options] if isinstance(options, str) else options
+        return [w for w in words if isinstance(w, str) and re.fullmatch(r"[A-Za-z_0-9]+", w) and w != "none"]
+
     def expected(self, config: Mapping[str, Any]) -> Iterator[TensorInfo]:
         """Every tensor a checkpoint with this config may hold, in table order, blocks ascending."""
         hyper = self.hyper(config)
+        own = {}
+        if has_unlike_layers(config):
+            own = {block: self.hyper(layer_config(config, block)) for block in range(int(hyper["layers"]))}
         for rule in self.tensors:
             if not holds(rule.when, config) or (rule.unless and holds(rule.unless, config)):
                 continue
-            shape = tuple(int(literal(term, hyper)) for term in rule.shape)
+            whole = shape_of(rule, hyper)
             blocks = range(*(int(literal(end, hyper)) for end in rule.blocks)) if "{i}" in rule.disk else [None]
             experts = range(int(hyper.get("experts", 0))) if "{e}" in rule.disk else [None]
             for block in blocks:
+                shape = shape_of(rule, own[block]) if block in own else whole
                 for expert in experts:
                     name = rule.disk.format(i=block, e=expert)
                     yield TensorInfo(name, rule, block, expert, shape)
@@ -151,7 +162,10 @@ class Architecture:
 
         Raises:
             Unsupported: naming the key, its value and why.
+            Malformed: widths of single layers that are none.
         """
+        if has_unlike_layers(config):
+            check_layers(config, int(self.hyper(config)["layers"]), [key for w in WIDTHS for key in self.keys(w)])
         self._refuse(self.refuses, config, "")
 
     def check_gguf(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -186,6 +200,11 @@ class Architecture:
         if "equals" in rule:
             return bool(value == literal(rule["equals"], self.hyper(config)))
         return value not in rule.get("refused", ()) and ("allowed" not in rule or value in rule["allowed"])
+
+
+def shape_of(rule: TensorRule, hyper: Mapping[str, Any]) -> tuple[int, ...]:
+    """The rule's shape for these hyper-parameters."""
+    return tuple(int(literal(term, hyper)) for term in rule.shape)
 
 
 def full_layers(rule: Mapping[str, Any]) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from tightship.activations import Activations
 from tightship.architecture import Architecture, TensorInfo
 from tightship.digests import digest_files
 from tightship.errors import Malformed
+from tightship.per_layer import layer_config
 from tightship.progress import Progress, no_progress
 from tightship.weights import Alias, Stored, Weight
 
@@ -78,6 +79,14 @@ class Checkpoint:
     def hyper(self) -> dict[str, Any]:
         """Canonical hyper-parameters (`layers`, `hidden`, `heads`, ...)."""
         return self.architecture.hyper(self.config)
+
+    def hyper_of(self, block: int | None) -> dict[str, Any]:
+        """The same as they hold for one block; None means outside the blocks."""
+        return self.hyper if block is None else self.architecture.hyper(layer_config(self.config, block))
+
+    def widths(self, name: str) -> list[int]:
+        """A hyper-parameter (`ffn`, `kv_heads`) of every block."""
+        return [int(self.hyper_of(block)[name]) for block in range(int(self.hyper["layers"]))]
 
     def infos(self) -> dict[str, TensorInfo]:
         """The family's table row for each on-disk name this config allows."""

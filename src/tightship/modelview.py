@@ -21,6 +21,7 @@ import numpy as np
 
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Malformed, Unsupported
+from tightship.per_layer import has_unlike_layers, shared_config, unlike_layers
 from tightship.weights import Alias, Stored
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ def load_module(checkpoint: Checkpoint, state: Mapping[str, torch.Tensor]) -> tu
         try:
             module, info = model_class.from_pretrained(
                 None,
-                config=_config(checkpoint.config),
+                config=_config(shared_config(checkpoint.config)),
                 state_dict=dict(state),
                 dtype=torch.float32,
                 attn_implementation="eager",
@@ -288,7 +289,7 @@ def _model_class(checkpoint: Checkpoint) -> Any:
     found = getattr(transformers, name, None)
     if found is None:
         raise Unsupported(f"this transformers has no class {name}", hint="install a transformers that has it")
-    return found
+    return unlike_layers(found, checkpoint.config) if has_unlike_layers(checkpoint.config) else found
 
 
 def _first_line(error: Exception) -> str:

@@ -32,6 +32,23 @@ def recipe_in(folder: Path, passes: list[dict[str, Any]], targets: list[str]) ->
     return folder / "recipe.yaml"
 
 
+def random_model(name: str, sizes: dict[str, Any], tokenizer: Path, folder: Path) -> Path:
+    """A model whose every parameter counts, with the tokenizer of another, saved to `folder`."""
+    import torch
+    import transformers
+
+    model_class = getattr(transformers, name)
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**sizes))
+    with torch.no_grad():
+        for word, parameter in model.named_parameters():
+            parameter.normal_(1 if "norm" in word else 0, 0.2)
+    model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / file, folder / file)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "targets"),
@@ -40,19 +57,7 @@ def recipe_in(folder: Path, passes: list[dict[str, Any]], targets: list[str]) ->
 def test_sparse_opt_bloom_and_mixtral(
     name: str, targets: list[str], build_command: Callable[..., Any], qwen: Path, tmp_path: Path
 ) -> None:
-    import torch
-    import transformers
-
-    model_class = getattr(transformers, name)
-    torch.manual_seed(0)
-    model = model_class(model_class.config_class(**MODELS[name]))
-    with torch.no_grad():
-        for word, parameter in model.named_parameters():
-            parameter.normal_(1 if "norm" in word else 0, 0.2)
-    source = tmp_path / "model"
-    model.save_pretrained(source)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(qwen / file, source / file)
+    source = random_model(name, MODELS[name], qwen, tmp_path / "model")
     prune = {"use": "prune", "with": {"method": "sparsegpt", "sparsity": 0.5, "schedule": "owl"}}
     done = build_command(source, "--recipe", str(recipe_in(tmp_path, [prune], targets)))
     assert done.code == 0, done.body
@@ -73,3 +78,29 @@ def test_a_narrower_model_in_all_three(build_command: Callable[..., Any], tmp_pa
     assert figures["width"] == {"asked": 0.12, "share": 0.125, "units": 224}
     config = json.loads((done.output / "safetensors" / "config.json").read_text())
     assert (config["hidden_size"], config["intermediate_size"], config["head_dim"]) == (224, 576, 64)
+
+
+@pytest.mark.slow
+def test_blocks_of_unlike_widths_in_gguf_and_onnx(
+    build_command: Callable[..., Any], qwen: Path, tmp_path: Path
+) -> None:
+    from gguf import GGUFReader
+
+    sizes = {**SIZES, "num_hidden_layers": 3, "intermediate_size": 192, "max_position_embeddings": 128}
+    source = random_model("LlamaForCausalLM", {**sizes, "num_key_value_heads": 4}, qwen, tmp_path / "model")
+    step = {"use": "prune-structured", "with": {"ffn": 0.5, "heads": 0.5, "multiple": 16, "uniform": False}}
+    done = build_command(source, "--recipe", str(recipe_in(tmp_path, [step], ["gguf", "onnx"])))
+    assert done.code == 0, done.body
+    checks = {(c["target"], c["runtime"]): c["value"] for c in done.checks.values() if c["metric"] == "rel_l2"
+              and c["kind"] == "graph"}  # fmt: skip
+    assert checks["gguf", "llama.cpp"] <= 1e-5
+    assert checks["onnx", "onnxruntime"] <= 1e-5
+    fields = GGUFReader(next((done.output / "gguf").glob("*.gguf"))).fields
+    assert fields["general.architecture"].contents() == "deci"
+    table = json.loads((done.output / "onnx" / "config.json").read_text())["per_layer_config"]
+    for key, word in (("feed_forward_length", "intermediate_size"), ("attention.head_count", "num_attention_heads"),
+                      ("attention.head_count_kv", "num_key_value_heads")):  # fmt: skip
+        found = fields[f"deci.{key}"].contents()
+        assert found == [table[str(n)][word] for n in range(3)]
+        assert len(set(found)) > 1
+    assert not (done.output / "onnx" / "genai_config.json").exists()
