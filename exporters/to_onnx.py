@@ -61,19 +61,19 @@ class OnnxExporter:
         style = style_for(checkpoint, target)
         fixed_shapes(checkpoint, target)
         needless = left_out(checkpoint)
+        tables = {name for name, info in checkpoint.infos().items() if info.rule.kind in TABLES}
         tensors = []
         for name, weight in checkpoint.weights.items():
             if isinstance(weight, Alias) or name in needless:
                 continue
-            table = _kind(checkpoint, name) in TABLES
-            answer = storage(weight, style, table=table)
+            answer = storage(weight, style, table=name in tables)
             if isinstance(answer, Refused):
                 nearest = f"nearest layouts: {', '.join(answer.nearest)}" if answer.nearest else None
                 raise Unsupported(f"ONNX cannot store this exactly: {answer.reason}", tensor=name, hint=nearest)
             word, reason = _layout_word(weight)
             tensors.append(TensorPlan(name, name, tuple(weight.shape), word, answer.storage, answer.nbytes, reason))
         total = sum(t.nbytes for t in tensors)
-        multiplied = speed_notes(t.storage for t in tensors if _kind(checkpoint, t.name) not in TABLES)
+        multiplied = speed_notes(t.storage for t in tensors if t.name not in tables)
         notes = (*_notes(tensors), *multiplied, *_omissions(needless))
         if not fits(checkpoint):
             notes = (*notes, "no genai_config.json: onnxruntime-genai has one number of key heads for all layers")
@@ -156,11 +156,6 @@ def _graph(checkpoint: Checkpoint, judge: Judge | None, *, fused: bool) -> tuple
 
 def _decoded(weight: Stored) -> Dense:
     return Dense(tuple(weight.shape), "f32", weight.value)
-
-
-def _kind(checkpoint: Checkpoint, name: str) -> str:
-    info = checkpoint.infos().get(name)
-    return info.rule.kind if info else "other"
 
 
 def _layout_word(weight: Stored) -> tuple[str, str]:

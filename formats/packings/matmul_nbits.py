@@ -186,8 +186,10 @@ def values(operands: Mapping[str, np.ndarray], spec: NBits) -> np.ndarray:
 def _per_block(column_wise: np.ndarray, shape: tuple[int, ...], spec: NBits, what: str) -> np.ndarray:
     full = np.broadcast_to(np.asarray(column_wise, np.float32), shape)
     first = np.ascontiguousarray(full[:, :: spec.block])
-    spread = np.repeat(np.arange(spec.blocks), spec.block)[: spec.cols]
-    if not np.array_equal(first[:, spread], full, equal_nan=True):
+    bits = full.view(np.uint32)
+    whole = spec.cols // spec.block * spec.block
+    inside = bits[:, :whole].reshape(len(full), -1, spec.block) == bits[:, :whole : spec.block, None]
+    if not (inside.all() and (bits[:, whole:] == bits[:, whole : whole + 1]).all()):
         raise Malformed(f"a {what} changes inside a block of {spec.block} columns")
     return first
 
