@@ -188,7 +188,7 @@ def _per_block(column_wise: np.ndarray, shape: tuple[int, ...], spec: NBits, wha
     first = np.ascontiguousarray(full[:, :: spec.block])
     bits = full.view(np.uint32)
     whole = spec.cols // spec.block * spec.block
-    inside = bits[:, :whole].reshape(len(full), -1, spec.block) == bits[:, :whole : spec.block, None]
+    inside = bits[:, :whole].reshape(len(full), -1, spec.block) == bits[:, : whole : spec.block, None]
     if not (inside.all() and (bits[:, whole:] == bits[:, whole : whole + 1]).all()):
         raise Malformed(f"a {what} changes inside a block of {spec.block} columns")
     return first

@@ -36,6 +36,9 @@ def cast(name: str, weight: Stored, word: str) -> Stored:
 
 
 def _narrowed(name: str, values: np.ndarray, word: str) -> np.ndarray:
+    """Finite float32 values in a type that may be narrower."""
+    if word == "f32":
+        return values
     with np.errstate(over="ignore"):
         found = values.astype(dtype(word).numpy)
     if not np.isfinite(found.astype(np.float32)).all():
