@@ -18,10 +18,11 @@ from tightship.checkpoint import Checkpoint
 from tightship.errors import Malformed, Unsupported
 from tightship.exporters.gguf_mixes import Matrix, quantizable
 from tightship.formats.packings.ggml import FLOAT_TYPES, ggml_type_for, pack_floats, pack_ggml, row_bytes
+from tightship.formats.threads import in_order
 from tightship.layout import Layout
 from tightship.weights import Alias, Dense, Quantized, Stored
 
-CHUNK_WEIGHTS = 1 << 22
+CHUNK_WEIGHTS = 1 << 20
 _FLOAT_TYPE = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _BLOCK_NUMBER = re.compile(r"blk\.(\d+)\.")
 
@@ -211,13 +212,25 @@ def chunks(tensor: FileTensor, type_name: str) -> Iterator[np.ndarray]:
     """
     for weight, source in zip(tensor.weights, tensor.sources or (None,), strict=True):
         name = source.name if source else tensor.name
-        if isinstance(weight, Quantized):
-            arrays = weight.read()
-            for rows in _slices(weight.shape):
-                yield pack_ggml(type_name, {key: array[rows] for key, array in arrays.items()}, weight.layout)
-            continue
-        for values in weight.runs(_step(weight.shape)):
-            yield _float_bytes(type_name, values.reshape(len(values), -1), name)
+        packed = _packer(weight, type_name) if isinstance(weight, Quantized) else _caster(weight, type_name, name)
+        yield from in_order(packed, _slices(weight.shape))
+
+
+def _packer(weight: Quantized, type_name: str) -> Callable[[slice], np.ndarray]:
+    """Bytes of some rows of a matrix on its grid, which is read (and perhaps solved) now."""
+    arrays = weight.read()
+    return lambda rows: pack_ggml(type_name, {key: array[rows] for key, array in arrays.items()}, weight.layout)
+
+
+def _caster(weight: Dense, type_name: str, name: str) -> Callable[[slice], np.ndarray]:
+    """Bytes of some entries of the first axis of an array of floats."""
+    read = weight.rows()
+
+    def packed(rows: slice) -> np.ndarray:
+        values = read(rows.start, rows.stop)
+        return _float_bytes(type_name, values.reshape(len(values), -1), name)
+
+    return packed
 
 
 def _float_bytes(type_name: str, values: np.ndarray, name: str) -> np.ndarray:
@@ -233,12 +246,7 @@ def _float_bytes(type_name: str, values: np.ndarray, name: str) -> np.ndarray:
         raise
 
 
-def _step(shape: Sequence[int]) -> int:
-    """Entries of the first axis that make a run of about CHUNK_WEIGHTS."""
-    return max(1, CHUNK_WEIGHTS // max(math.prod(shape[1:]), 1))
-
-
-def _slices(shape: Sequence[int]) -> Iterator[slice]:
-    step = _step(shape)
-    for first in range(0, shape[0], step):
-        yield slice(first, first + step)
+def _slices(shape: Sequence[int]) -> list[slice]:
+    """Runs of entries of the first axis, of about CHUNK_WEIGHTS each."""
+    step = max(1, CHUNK_WEIGHTS // max(math.prod(shape[1:]), 1))
+    return [slice(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]

@@ -1,7 +1,7 @@
 """GGUF container, writing: metadata and tensor infos first, then the data tensor by tensor, hashed on the way.
 
 The byte table is in `gguf_file.py`. Version 3, alignment 32, fields and tensors in the order given, so that the same
-input makes the same bytes. Memory stays at one chunk of rows.
+input makes the same bytes. Memory stays at a few chunks of rows: while one is hashed and written, the next are made.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from tightship.errors import Malformed, Unsupported
 from tightship.formats.gguf_file import DEFAULT_ALIGNMENT, MAGIC, MAX_DIMS, MAX_NAME, SCALARS, Field, padded
+from tightship.formats.threads import behind
 from tightship.target import Progress, no_progress
 
 VERSION = 3
@@ -40,11 +41,10 @@ class TensorToWrite:
 
 @dataclass(frozen=True)
 class WrittenGguf:
-    """What lies on the disk now: size, and sha256 of the whole file and of each tensor's data."""
+    """What lies on the disk now: size and sha256 of the whole file."""
 
     size: int
     sha256: str
-    tensors: Mapping[str, str]
 
 
 def header_bytes(fields: Mapping[str, Field], tensors: Sequence[TensorToWrite]) -> bytes:
@@ -83,36 +83,35 @@ def write_gguf(
     """
     header = header_bytes(fields, tensors)
     total = len(header) + sum(padded(t.nbytes, DEFAULT_ALIGNMENT) for t in tensors)
-    whole = hashlib.sha256(header)
-    digests: dict[str, str] = {}
+    digest = hashlib.sha256(header)
     with Path(path).open("xb") as file:
+
+        def write(data: memoryview | bytes) -> None:
+            digest.update(data)
+            file.write(data)
+
         file.write(header)
         done = len(header)
-        for tensor in tensors:
-            progress(f"write gguf: {tensor.name}", done, total)
-            digests[tensor.name] = _write_tensor(file, tensor, whole)
-            done += padded(tensor.nbytes, DEFAULT_ALIGNMENT)
+        with behind(write) as put:
+            for tensor in tensors:
+                progress(f"write gguf: {tensor.name}", done, total)
+                _put_tensor(put, tensor)
+                done += padded(tensor.nbytes, DEFAULT_ALIGNMENT)
     progress("write gguf", total, total)
-    return WrittenGguf(total, whole.hexdigest(), digests)
+    return WrittenGguf(total, digest.hexdigest())
 
 
-def _write_tensor(file: BinaryIO, tensor: TensorToWrite, whole: Any) -> str:
-    digest = hashlib.sha256()
+def _put_tensor(put: Callable[[memoryview | bytes], None], tensor: TensorToWrite) -> None:
     written = 0
     for chunk in tensor.chunks():
         data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
         written += data.nbytes
-        digest.update(data)
-        whole.update(data)
-        file.write(data)
+        put(data)
     if written != tensor.nbytes:
         raise Malformed(
             f"{tensor.type_name} {tensor.shape} are {tensor.nbytes} bytes, {written} came", tensor=tensor.name
         )
-    padding = bytes(padded(written, DEFAULT_ALIGNMENT) - written)
-    whole.update(padding)
-    file.write(padding)
-    return digest.hexdigest()
+    put(bytes(padded(written, DEFAULT_ALIGNMENT) - written))
 
 
 def _info_bytes(tensor: TensorToWrite, offset: int) -> bytes:

@@ -27,6 +27,7 @@ KNOWS_THE_ROOMS = {
     "store",
     "inspection",
     "recipe",
+    "gguf_config",
     "gguf_source",
     "doctor",
     "logprobs",

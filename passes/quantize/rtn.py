@@ -1,8 +1,8 @@
 """Round to nearest: each tensor's own search (`Layout.quantize`), nothing else. Data-free, streamed.
 
-A tensor goes through in runs of whole rows, read and widened to float32 run by run: the working memory is the result
-and a few times `_CHUNK`, and the tensor as stored where its source reads whole tensors only. Rows that share parameters
-stay in one run (`Layout.rows_together`).
+A tensor goes through in runs of whole rows, each read, widened to float32 and solved on one of the threads: the working
+memory is the result and for every thread a few times `_CHUNK`, and the tensor as stored where its source reads whole
+tensors only. Rows that share parameters stay in one run (`Layout.rows_together`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from tightship.checkpoint import Checkpoint
+from tightship.formats.threads import in_order
 from tightship.layout import Arrays, Layout
 from tightship.passes.base import Needs, Run
 from tightship.passes.masks import finite
@@ -62,10 +63,15 @@ def quantize(name: str, w: Dense, layout: Layout, importance: np.ndarray | None 
     arrays = {key: np.empty(spec.shape, spec.dtype) for key, spec in specs.items()}
     together = layout.rows_together or rows
     step = max(1, _CHUNK // max(cols * together, 1)) * together
-    for first, run in zip(range(0, rows, step), w.runs(step), strict=True):
-        part = finite(name, run.astype(np.float32, copy=False))
+    read = w.rows()
+
+    def solve(first: int) -> None:
+        part = finite(name, read(first, min(first + step, rows)).astype(np.float32, copy=False))
         for key, values in layout.quantize(part, importance).items():
             arrays[key][first : first + step] = values
+
+    for _ in in_order(solve, range(0, rows, step)):
+        pass
     for key, values in arrays.items():
         if values.dtype.kind not in "iub":
             finite(f"{name} ({key})", values.astype(np.float32, copy=False))

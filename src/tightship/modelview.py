@@ -232,6 +232,7 @@ def load_module(checkpoint: Checkpoint, state: Mapping[str, torch.Tensor]) -> tu
                 attn_implementation="eager",
                 experts_implementation="eager",
                 output_loading_info=True,
+                **_left_out(checkpoint, state),
             )
         except RuntimeError as error:
             raise Malformed(
@@ -239,6 +240,12 @@ def load_module(checkpoint: Checkpoint, state: Mapping[str, torch.Tensor]) -> tu
                 hint="a tensor is missing, surplus, or of another shape than config.json says",
             ) from error
     return module.eval(), info
+
+
+def _left_out(checkpoint: Checkpoint, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Words for the class that keep it from making what the checkpoint does without: an encoder's optional pooler."""
+    poolers = [name for name, i in checkpoint.infos().items() if i.rule.role == "pooler" and i.rule.optional]
+    return {} if not poolers or any(name in state for name in poolers) else {"add_pooling_layer": False}
 
 
 def _check_books(module: Any, info: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> None:

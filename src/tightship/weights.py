@@ -7,7 +7,7 @@ they move codes and parameters and never decode.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,11 +46,9 @@ class Dense:
     def nbytes(self) -> int:
         return math.prod(self.shape) * dtype_of(self.dtype).itemsize
 
-    def runs(self, step: int) -> Iterator[np.ndarray]:
-        """Entries of the first axis, `step` at a time: one after the other from the source, where it can."""
-        read = self.read_rows or _rows_of(self.read())
-        for first in range(0, self.shape[0], step):
-            yield read(first, min(first + step, self.shape[0]))
+    def rows(self) -> Callable[[int, int], np.ndarray]:
+        """`read_rows`, or where the source has none, a reader of the whole array, which is read now."""
+        return self.read_rows or _rows_of(self.read())
 
     def value(self) -> np.ndarray:
         """float32 copy or view. bf16, f16 and f32 widen exactly."""

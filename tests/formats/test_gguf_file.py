@@ -52,12 +52,11 @@ def tensors() -> tuple[dict[str, np.ndarray], list[TensorToWrite]]:
 def test_gguf_reads_what_we_write(tmp_path: Path) -> None:
     values, listed = tensors()
     path = tmp_path / "x.gguf"
-    written = write_gguf(path, FIELDS, listed)
+    write_gguf(path, FIELDS, listed)
     reader = gguf.GGUFReader(path)
     assert [t.name for t in reader.tensors] == ["norm", "half", "stack", "q"]
     for tensor in reader.tensors:
         assert tensor.data.tobytes() == values[tensor.name].tobytes()
-        assert written.tensors[tensor.name] == hashlib.sha256(values[tensor.name].tobytes()).hexdigest()
     assert reader.tensors[2].shape.tolist() == [4, 3, 2]
     for key, field in FIELDS.items():
         found = reader.fields[key]
