@@ -1,15 +1,18 @@
-"""LoRA adapters of PEFT as GGUF files that llama.cpp loads beside a model: `--lora adapter.gguf`.
+"""LoRA adapters as GGUF files that llama.cpp loads beside a model, `--lora FILE`: PEFT's, and our own corrections.
 
 | in the file                    | what                                                                            |
 |--------------------------------|---------------------------------------------------------------------------------|
 | `general.type`, `adapter.type` | "adapter", "lora"                                                               |
 | `general.architecture`         | that of the model                                                               |
-| `adapter.lora.alpha`           | f32; llama.cpp adds alpha / rank * B A, the rank being B's columns              |
+| `adapter.lora.alpha`           | f32; llama.cpp adds alpha / rank * B A, the rank being B's columns; 0: B A      |
 | tensor `NAME.lora_a`           | A, (rank, in)                                                                   |
 | tensor `NAME.lora_b`           | B, (out, rank); rows in the order of the model's file                           |
 
 What llama.cpp does not compute is refused: DoRA, biases, fully trained modules, embeddings, a scale that differs
 between matrices. Rank-stabilised LoRA (alpha / sqrt(rank)) is said by another alpha. Definition: src/llama-adapter.cpp.
+
+The residuals of `Sum` weights go into such a file too, residual.gguf. Factors are written in F32: llama.cpp would round
+what it multiplies with narrower ones.
 """
 
 from __future__ import annotations
@@ -26,13 +29,14 @@ from tightship.errors import Malformed, Unsupported, UsageError
 from tightship.exporters.gguf_metadata import gguf_section
 from tightship.exporters.gguf_tensors import FileTensor, chunks, file_order, row_order
 from tightship.formats.gguf_file import Field
-from tightship.formats.gguf_writer import TensorToWrite, WrittenGguf, write_gguf
+from tightship.formats.gguf_writer import TensorToWrite, WrittenGguf, file_bytes, write_gguf
 from tightship.formats.safetensors_file import read_header
 from tightship.opening import table_name
 from tightship.untrusted import strict_json
-from tightship.weights import Alias, Dense
+from tightship.weights import Alias, Dense, Sum
 
 ADAPTER = "adapter.gguf"
+RESIDUAL = "residual.gguf"
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 _REFUSED = {
     "use_dora": "llama.cpp has no DoRA",
@@ -53,27 +57,77 @@ def write_adapter(base: Checkpoint, source: Path, target: Path) -> WrittenGguf:
         Malformed: tensors that are no pairs of factors of this model's matrices.
     """
     config = _config(source)
-    pairs = _pairs(source)
     infos = base.infos()
+    pairs = {table_name(f"{module}.weight", infos, base.architecture): pair for module, pair in _pairs(source).items()}
     ranks = {name: pair["A"].shape[0] for name, pair in pairs.items()}
+    return write_gguf(target, _fields(base, _alpha(config, ranks)), _tensors(base, pairs))
+
+
+def write_residual(checkpoint: Checkpoint, target: Path) -> WrittenGguf:
+    """Write the residuals of every `Sum` as one adapter.
+
+    Raises:
+        Unsupported: as `residual_bytes`.
+    """
+    return write_gguf(target, _fields(checkpoint, 0.0), _tensors(checkpoint, _residuals(checkpoint)))
+
+
+def residual_bytes(checkpoint: Checkpoint) -> dict[str, int]:
+    """Bytes of each matrix's residual by on-disk name, and of the rest of the file under ""; empty where none is.
+
+    Raises:
+        Unsupported: a residual that llama.cpp does not compute.
+    """
+    pairs = _residuals(checkpoint)
+    if not pairs:
+        return {}
+    task = checkpoint.architecture.task
+    if task != "text-generation":
+        raise Unsupported(
+            f"corrections of low rank in GGUF are proven for models that write text, not for {task}",
+            tensor=next(iter(pairs)),
+            hint="leave out `compensate`, or choose ONNX or safetensors",
+        )
+    sizes = {name: 4 * sum(math.prod(factor.shape) for factor in pair.values()) for name, pair in pairs.items()}
+    whole = file_bytes(_fields(checkpoint, 0.0), _tensors(checkpoint, pairs))
+    return {**sizes, "": whole - sum(sizes.values())}
+
+
+def _residuals(checkpoint: Checkpoint) -> dict[str, _Pair]:
+    """On-disk name of a matrix -> the factors of its residual."""
+    found: dict[str, _Pair] = {}
+    for name in checkpoint.weights:
+        weight = checkpoint.resolve(name)
+        if isinstance(weight, Sum):
+            left, right = weight.residual.left, weight.residual.right
+            if not isinstance(left, Dense) or not isinstance(right, Dense):
+                raise Unsupported("llama.cpp applies float factors alone; this residual is quantized", tensor=name)
+            found[name] = {"A": right, "B": left}
+    return found
+
+
+def _fields(base: Checkpoint, alpha: float) -> dict[str, Field]:
+    return {
+        "general.architecture": Field("str", str(gguf_section(base)["arch"])),
+        "general.type": Field("str", "adapter"),
+        "adapter.type": Field("str", "lora"),
+        "adapter.lora.alpha": Field("f32", alpha),
+    }
+
+
+def _tensors(base: Checkpoint, pairs: Mapping[str, _Pair]) -> list[TensorToWrite]:
+    """The factors in the file's order. `pairs` are by on-disk name of the matrix."""
+    infos = base.infos()
     tensors: list[FileTensor] = []
-    for module, pair in pairs.items():
-        name = table_name(f"{module}.weight", infos, base.architecture)
+    for name, pair in pairs.items():
         info = infos.get(name)
         if info is None or name not in base.weights:
             raise Malformed("the adapter changes a matrix that the model does not have", tensor=name)
         _check(base, info, pair)
         stored = str(info.rule.gguf).format(i=info.block)
-        tensors += [FileTensor(f"{stored}.lora_{side.lower()}", (info,), (pair[side],)) for side in "AB"]
-        tensors[-1] = FileTensor(tensors[-1].name, (info,), (_in_file_order(pair["B"], info, base),))
-    fields = {
-        "general.architecture": Field("str", str(gguf_section(base)["arch"])),
-        "general.type": Field("str", "adapter"),
-        "adapter.type": Field("str", "lora"),
-        "adapter.lora.alpha": Field("f32", _alpha(config, ranks)),
-    }
-    ordered = sorted(tensors, key=lambda t: file_order(t.name))
-    return write_gguf(target, fields, [_f32(tensor) for tensor in ordered])
+        factors = {"a": pair["A"], "b": _in_file_order(pair["B"], info, base)}
+        tensors += [FileTensor(f"{stored}.lora_{side}", (info,), (factor,)) for side, factor in factors.items()]
+    return [_f32(tensor) for tensor in sorted(tensors, key=lambda t: file_order(t.name))]
 
 
 def _f32(tensor: FileTensor) -> TensorToWrite:

@@ -20,7 +20,7 @@ from tightship.exporters.gguf_mixes import Matrix, quantizable
 from tightship.formats.packings.ggml import FLOAT_TYPES, ggml_type_for, pack_floats, pack_ggml, row_bytes
 from tightship.formats.threads import in_order
 from tightship.layout import Layout
-from tightship.weights import Alias, Dense, Quantized, Stored
+from tightship.weights import Alias, Dense, Quantized, Stored, Sum
 
 CHUNK_WEIGHTS = 1 << 20
 _FLOAT_TYPE = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
@@ -54,7 +54,7 @@ def file_tensors(checkpoint: Checkpoint) -> list[FileTensor]:
     """Every tensor of the checkpoint that has a place in GGUF, in the order of llama-quantize.
 
     Raises:
-        Unsupported: a weight that is neither dense nor quantized, or a transform that we do not know.
+        Unsupported: a weight made of factors, or a transform that we do not know.
     """
     grouped: dict[str, list[tuple[TensorInfo, Dense | Quantized]]] = {}
     for name, info in checkpoint.infos().items():
@@ -75,17 +75,19 @@ def file_order(name: str) -> tuple[int, str]:
 
 
 def plain(name: str, weight: Stored) -> Dense | Quantized:
-    """The weight, if it is one that GGUF can hold.
+    """What the model's file holds of a weight: of a sum its base, the rest being an adapter (`gguf_lora`).
 
     Raises:
-        Unsupported: factors or sums.
+        Unsupported: factors.
     """
+    if isinstance(weight, Sum):
+        return weight.base
     if isinstance(weight, Dense | Quantized):
         return weight
     raise Unsupported(
-        f"GGUF has no tensor made of factors (found rank {getattr(weight, 'rank', None)})",
+        f"GGUF has no tensor made of factors (found rank {weight.rank})",
         tensor=name,
-        hint="choose ONNX or safetensors for low-rank weights",
+        hint="merge: true in the low-rank pass; or ONNX or safetensors, which hold factors",
     )
 
 

@@ -13,11 +13,12 @@ from tightship.checkpoint import Checkpoint
 from tightship.dtypes import BY_NUMPY, dtype
 from tightship.errors import Unsupported
 from tightship.exporters.ct_config import CACHE_SCALES, module, storage_word
+from tightship.exporters.safetensors_factors import Part, parts
 from tightship.formats.packings.modules import PACKINGS, ModulePacking
 from tightship.formats.safetensors_file import Spec
 from tightship.layout import Layout
 from tightship.target import Exact, Refused
-from tightship.weights import Alias, Dense, Quantized, Stored, check_finite
+from tightship.weights import Alias, Dense, Quantized, check_finite
 
 COMPRESSED = "compressed-tensors"
 _FINE_GRAINED = ("fp8", "fp8-dynamic-g128")  # what the fp8 method says of activations without a word
@@ -31,6 +32,7 @@ class Item:
         specs: the tensors it becomes, by name in the file.
         turned: whether the file holds it as (in, out).
         packing: of a quantized weight.
+        owner: the checkpoint's weight that it belongs to, where that has another name.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Item:
     specs: Mapping[str, Spec]
     turned: bool
     packing: ModulePacking | None = None
+    owner: str | None = None
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The data of `specs`, read now.
@@ -56,25 +59,23 @@ class Item:
         return {f"{module(self.name)}.{suffix}": array for suffix, array in packed.items()}
 
 
-def storage(weight: Stored, method: str = COMPRESSED, activations: str | None = None) -> Exact | Refused:
+def storage(weight: Dense | Quantized, method: str = COMPRESSED, activations: str | None = None) -> Exact | Refused:
     """How this container stores a weight by a quantization method, and the bytes of all its tensors.
 
     `activations` is the word for the inputs of the matrix.
     """
     if isinstance(weight, Dense):
         return Exact(dtype(weight.dtype).safetensors, weight.nbytes)
-    if isinstance(weight, Quantized):
-        packing = _packing(weight.layout, method, activations)
-        bits = getattr(weight.layout, "bits", 4)
-        nearest = (f"int{bits}-g32", f"int{bits}-g32-asym")
-        if packing is None:
-            return Refused(f"{method} has no layout {weight.layout.name}", nearest)
-        try:
-            specs = packing.check(weight.layout, weight.shape)
-        except Unsupported as error:
-            return Refused(error.message, nearest)
-        return Exact(packing.storage, sum(spec.nbytes for spec in specs.values()))
-    return Refused("transformers reads no low-rank factors from a checkpoint", ("int4", "int8"))
+    packing = _packing(weight.layout, method, activations)
+    bits = getattr(weight.layout, "bits", 4)
+    nearest = (f"int{bits}-g32", f"int{bits}-g32-asym")
+    if packing is None:
+        return Refused(f"{method} has no layout {weight.layout.name}", nearest)
+    try:
+        specs = packing.check(weight.layout, weight.shape)
+    except Unsupported as error:
+        return Refused(error.message, nearest)
+    return Exact(packing.storage, sum(spec.nbytes for spec in specs.values()))
 
 
 def items(checkpoint: Checkpoint, method: str = COMPRESSED) -> list[Item]:
@@ -86,23 +87,17 @@ def items(checkpoint: Checkpoint, method: str = COMPRESSED) -> list[Item]:
     if checkpoint.adapters:
         raise Unsupported("safetensors artifacts with adapters are not made yet")
     _check_activations(checkpoint, method)
-    infos = checkpoint.infos()
     found = []
-    borrowers = {borrower for borrower, _ in checkpoint.architecture.ties}
-    for name in checkpoint.weights:
-        if name in borrowers and isinstance(checkpoint.weights[name], Alias):
-            continue  # transformers ties it by itself; what blocks share it does not know, so each gets a copy
-        weight = checkpoint.resolve(name)
-        inputs = checkpoint.activations.get(module(name))
-        answer = storage(weight, method, inputs.scheme if inputs else None)
+    for part in parts(checkpoint):
+        inputs = checkpoint.activations.get(module(part.name))
+        answer = storage(part.weight, method, inputs.scheme if inputs else None)
         if isinstance(answer, Refused):
             raise Unsupported(
                 f"safetensors cannot store this exactly: {answer.reason}",
-                tensor=name,
+                tensor=part.owner,
                 hint=f"nearest layouts: {', '.join(answer.nearest)}",
             )
-        packing = PACKINGS.get(answer.storage)
-        found.append(_item(checkpoint, name, weight, infos.get(name), packing))
+        found.append(_item(checkpoint, part, PACKINGS.get(answer.storage)))
     return found + [
         Item(name, weight, {name: Spec(dtype(weight.dtype), weight.shape)}, turned=False)
         for place, activations in sorted(checkpoint.activations.items())
@@ -178,19 +173,17 @@ def in_order(order: Sequence[str], every: Sequence[Item]) -> Iterator[tuple[str,
         yield name, ready.pop(name)
 
 
-def _item(
-    checkpoint: Checkpoint, name: str, weight: Stored, info: TensorInfo | None, packing: ModulePacking | None
-) -> Item:
-    turned = info is not None and info.rule.transposed
+def _item(checkpoint: Checkpoint, part: Part, packing: ModulePacking | None) -> Item:
+    name, weight = part.name, part.weight
+    turned = part.info is not None and part.info.rule.transposed
     if isinstance(weight, Dense):
         shape = weight.shape[::-1] if turned else weight.shape
-        return Item(name, weight, {name: Spec(dtype(weight.dtype), tuple(shape))}, turned)
-    assert isinstance(weight, Quantized)
+        return Item(name, weight, {name: Spec(dtype(weight.dtype), tuple(shape))}, turned, owner=part.owner)
     assert packing is not None
-    _check_module(checkpoint, name, info)
+    _check_module(checkpoint, name, part.info)
     specs = packing.check(weight.layout, weight.shape)
     named = {f"{module(name)}.{suffix}": Spec(BY_NUMPY[spec.dtype], spec.shape) for suffix, spec in specs.items()}
-    return Item(name, weight, named, turned, packing)
+    return Item(name, weight, named, turned, packing, part.owner)
 
 
 def _check_module(checkpoint: Checkpoint, name: str, info: TensorInfo | None) -> None:

@@ -21,10 +21,10 @@ class Shard:
         return file_size(self.specs, metadata)
 
 
-def cut(groups: Sequence[Mapping[str, Spec]], limit: int) -> list[Shard]:
+def cut(groups: Sequence[Mapping[str, Spec]], limit: int, stem: str = "model") -> list[Shard]:
     """Shards of at most `limit` bytes of tensors, filled in the given order; the tensors of a group stay together.
 
-    A group above the limit has a shard of its own. One shard is called model.safetensors.
+    A group above the limit has a shard of its own. One shard is called STEM.safetensors.
     """
     filled: list[dict[str, Spec]] = [{}]
     room = limit
@@ -36,9 +36,9 @@ def cut(groups: Sequence[Mapping[str, Spec]], limit: int) -> list[Shard]:
         filled[-1].update(group)
         room -= size
     if len(filled) == 1:
-        return [Shard("model.safetensors", filled[0])]
+        return [Shard(f"{stem}.safetensors", filled[0])]
     count = len(filled)
-    return [Shard(f"model-{i:05d}-of-{count:05d}.safetensors", specs) for i, specs in enumerate(filled, 1)]
+    return [Shard(f"{stem}-{i:05d}-of-{count:05d}.safetensors", specs) for i, specs in enumerate(filled, 1)]
 
 
 def index_bytes(shards: Sequence[Shard]) -> bytes:

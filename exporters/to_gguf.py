@@ -26,7 +26,7 @@ from typing import Any
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported, UsageError
 from tightship.exporters import gguf_mixes
-from tightship.exporters.gguf_lora import ADAPTER, write_adapter
+from tightship.exporters.gguf_lora import ADAPTER, RESIDUAL, residual_bytes, write_adapter, write_residual
 from tightship.exporters.gguf_metadata import closing_fields, general_fields, gguf_section, head_dim, model_fields
 from tightship.exporters.gguf_options import STEERED, guarded, with_metadata, with_template
 from tightship.exporters.gguf_rope import rope
@@ -81,6 +81,10 @@ class GgufExporter:
         fields, notes = _fields(checkpoint, target, [p.storage for p in planned])
         if target.options.get("adapter") is not None:
             notes.append(f"{ADAPTER} is written beside the model; the proof runs the model without it")
+        corrections = residual_bytes(checkpoint)
+        planned = [dataclasses.replace(p, nbytes=p.nbytes + corrections.get(p.name, 0)) for p in planned]
+        if corrections:
+            notes.append(f"{RESIDUAL} holds corrections of low rank: load it with the model, --lora {RESIDUAL}")
         steered = sum(STEERED in p.reason for p in planned)
         if checkpoint.activations:
             notes.append("scales of activations and caches have no place in GGUF: llama.cpp rounds in its own way")
@@ -93,7 +97,7 @@ class GgufExporter:
         listed = _in_order([_to_write(t, types[t.name]) for t in tensors], computed)
         limit = _shard_limit(target)
         size = shards_bytes(fields, listed, limit) if _is_sharded(listed, limit) else file_bytes(fields, listed)
-        return TargetPlan(target, tuple(planned), size, tuple(notes))
+        return TargetPlan(target, tuple(planned), size + sum(corrections.values()), tuple(notes))
 
     def export(
         self, checkpoint: Checkpoint, plan: TargetPlan, directory: Path, progress: Progress = no_progress
@@ -114,7 +118,11 @@ class GgufExporter:
         else:
             written = {f"{stem}.gguf": write_gguf(directory / f"{stem}.gguf", fields, listed, progress)}
         main = min(written)
-        (directory / "Modelfile").write_text(f"FROM ./{main}\n", encoding="utf-8")
+        modelfile = f"FROM ./{main}\n"
+        if residual_bytes(checkpoint):
+            written[RESIDUAL] = write_residual(checkpoint, directory / RESIDUAL)
+            modelfile += f"ADAPTER ./{RESIDUAL}\n"
+        (directory / "Modelfile").write_text(modelfile, encoding="utf-8")
         if plan.target.options.get("adapter") is not None:
             write_adapter(checkpoint, Path(str(plan.target.options["adapter"])), directory / ADAPTER)
         if "imatrix.gguf" in checkpoint.files:

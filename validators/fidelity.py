@@ -34,6 +34,7 @@ from tightship.validators.references import Outputs
 from tightship.validators.runtimes.child import Limits, RuntimeDied, RuntimeMissing, run_child
 from tightship.validators.text import TextWindows
 from tightship.validators.tolerances import storage_of, tolerances
+from tightship.weights import Sum
 
 # Figures of a comparison, under the names of the tolerances.
 _FIGURES = {"max_abs": "max_error"}
@@ -74,9 +75,11 @@ DECODED = Run("onnxruntime", "onnx_runtime", "graph")
 
 
 def runs_for(plan: TargetPlan, checkpoint: Checkpoint) -> list[Run]:
-    """The artifact's own runtimes, for the model's task."""
+    """The artifact's own runtimes, for the model's task; llama.cpp reads corrections of low rank from an adapter."""
     decoder = checkpoint.architecture.task == "text-generation"
     mine = [run for run in RUNS[plan.target.container] if decoder or not run.decoders_only]
+    if plan.target.container == "gguf" and any(isinstance(w, Sum) for w in checkpoint.weights.values()):
+        return [dataclasses.replace(run, module="llama_adapter") for run in mine]
     return [run for run in mine if run.module != "genai" or fits(checkpoint)]
 
 
@@ -92,7 +95,7 @@ def execute(
     job = {"artifact": str(directory), "main": main, "mode": run.mode, "threads": limits.threads, "want": "outputs"}
     if run.decode:
         job["want"] = "decode"
-    elif run.module in ("llama_cpp", "genai"):
+    elif run.module in ("llama_cpp", "llama_adapter", "genai"):
         job["decode"] = _STEPS  # the last positions come from single steps through the cache
     arrays = windows.feeds(rows)
     if run.module == "genai":  # it makes the mask itself

@@ -40,7 +40,7 @@ from tightship.validators.stored import Stored, open_stored
 from tightship.validators.structure import structure_checks, unreadable
 from tightship.validators.tasks import task_check
 from tightship.validators.values import ValuesProof, prove_values
-from tightship.weights import Dense
+from tightship.weights import Dense, Factored, Sum, Weight
 
 _WEIGHT_FIGURES = ("rel_l2", "kl_mean", "top1", "cosine")
 
@@ -282,12 +282,17 @@ def _inputs(run: Run, ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray
 def decoded_checkpoint(checkpoint: Checkpoint, plan: TargetPlan, stored: Stored) -> Checkpoint:
     """The checkpoint with every planned weight replaced by what the published files hold, decoded by others."""
 
-    def weight(name: str, shape: tuple[int, ...]) -> Dense:
-        return Dense(shape, "f32", lambda: stored.restored(name, stored.value(name)))
+    def decoded(name: str, weight: Weight, part: str = "") -> np.ndarray:
+        if isinstance(weight, Factored):
+            left, right = decoded(name, weight.left, f"{part}.left"), decoded(name, weight.right, f"{part}.right")
+            return (left.astype(np.float64) @ right.astype(np.float64)).astype(np.float32)
+        if isinstance(weight, Sum):
+            return decoded(name, weight.base, f"{part}.base") + decoded(name, weight.residual, f"{part}.residual")
+        return stored.restored(name, stored.value(name, part))
 
-    planned = {
-        t.name: weight(t.name, tuple(checkpoint.resolve(t.name).shape))
-        for t in plan.tensors
-        if t.name in checkpoint.weights
-    }
+    def dense(name: str) -> Dense:
+        weight = checkpoint.resolve(name)
+        return Dense(tuple(weight.shape), "f32", lambda: decoded(name, weight))
+
+    planned = {t.name: dense(t.name) for t in plan.tensors if t.name in checkpoint.weights}
     return checkpoint.with_weights(planned)

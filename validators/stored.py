@@ -48,10 +48,12 @@ def open_stored(checkpoint: Checkpoint, plan: TargetPlan, directory: Path, expor
         UsageError: no such container.
     """
     if plan.target.container == "gguf":
+        from tightship.exporters.gguf_lora import RESIDUAL
         from tightship.formats.gguf_shards import file_names
         from tightship.validators.stored_gguf import GgufStored
 
-        return GgufStored(checkpoint, plan, [directory / name for name in file_names(exported.main)])
+        files = [*file_names(exported.main), *({RESIDUAL} & set(exported.files))]
+        return GgufStored(checkpoint, plan, [directory / name for name in files])
     if plan.target.container == "onnx":
         from tightship.validators.stored_onnx import OnnxStored
 

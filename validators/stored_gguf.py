@@ -29,6 +29,8 @@ from tightship.formats.packings.ggml import FLOAT_TYPES, unpack_ggml
 from tightship.target import TargetPlan
 from tightship.validators.integers import Piece, pieces_of
 
+# Parts of a sum: the base is the model's tensor, the residual a LoRA adapter's pair.
+_SUFFIXES = {".base": "", ".residual.right": ".lora_a", ".residual.left": ".lora_b"}
 _Function = Callable[[np.ndarray, int], np.ndarray]
 _FUNCTIONS: Mapping[str | None, tuple[_Function, _Function]] = {
     "plus_one": (lambda x, _: x + np.float32(1), lambda x, _: x - np.float32(1)),
@@ -45,7 +47,7 @@ _FUNCTIONS: Mapping[str | None, tuple[_Function, _Function]] = {
 
 
 class GgufStored:
-    """See `stored.Stored`. `files` are the shards of one model."""
+    """See `stored.Stored`. `files` are the shards of one model, and the adapter with its corrections."""
 
     def __init__(self, checkpoint: Checkpoint, plan: TargetPlan, files: Sequence[Path]) -> None:
         self.checkpoint = checkpoint
@@ -62,7 +64,7 @@ class GgufStored:
         tensor = self._tensor(name, part)
         found = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
         found = found[self._expert(name)]
-        rows = self._rows(name, found.shape)
+        rows = None if part == ".residual.right" else self._rows(name, found.shape)
         return found if rows is None else found[rows]
 
     def changed(self, name: str, values: np.ndarray) -> np.ndarray:
@@ -84,10 +86,10 @@ class GgufStored:
         return pieces_of(layout, arrays if rows is None else {key: array[rows] for key, array in arrays.items()})
 
     def _tensor(self, name: str, part: str) -> Any:
-        stored = self.stored_as.get(name)
-        tensor = self.tensors.get(f"{stored}{part}")
+        stored = f"{self.stored_as.get(name)}{_SUFFIXES.get(part, part)}"
+        tensor = self.tensors.get(stored)
         if tensor is None:
-            raise Malformed(f"the GGUF file has no tensor {stored}{part}", tensor=name)
+            raise Malformed(f"the GGUF file has no tensor {stored}", tensor=name)
         return tensor
 
     def _transform(self, name: str) -> str | None:

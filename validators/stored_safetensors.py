@@ -25,11 +25,14 @@ from tightship.validators import foreign_words
 from tightship.validators.integers import Piece, pieces_of
 from tightship.weights import Quantized
 
-INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter/adapter_model.safetensors"
+PREFIX = "base_model.model."  # of PEFT's names
 _PACKED = (
     "weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_global_scale", "weight",
     "weight_scale_inv", "qweight", "qzeros", "scales", "g_idx",
 )  # fmt: skip
+_FACTORS = (".left", ".right")
+_LORA = {".residual.right": "lora_A", ".residual.left": "lora_B"}
 _MARKS = ("weight_packed", "weight_scale", "weight_scale_inv", "qweight")
 
 
@@ -43,13 +46,28 @@ class SafetensorsFiles:
         self.config = json.loads((directory / "config.json").read_text("utf-8"))
         self._files = {path.name: safe_open(path, "pt") for path in sorted(directory.glob("*.safetensors"))}
         self.places = {key: name for name, file in self._files.items() for key in file.keys()}  # noqa: SIM118
+        adapter = directory / ADAPTER
+        self.adapter = safe_open(adapter, "pt") if adapter.is_file() else None
 
     def listing(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        found = {}
-        for name, file in self.places.items():
-            piece = self._files[file].get_slice(name)
-            found[name] = (str(piece.get_dtype()), tuple(int(n) for n in piece.get_shape()))
-        return found
+        pieces = {name: self._files[file].get_slice(name) for name, file in self.places.items()}
+        if self.adapter is not None:
+            names = self.adapter.keys()
+            pieces |= {name.removeprefix(PREFIX): self.adapter.get_slice(name) for name in names}
+        return {
+            name: (str(piece.get_dtype()), tuple(int(n) for n in piece.get_shape())) for name, piece in pieces.items()
+        }
+
+    def factor(self, module: str, side: str) -> np.ndarray:
+        """float32 of `lora_A` or `lora_B` of a module, as PEFT names them.
+
+        Raises:
+            Malformed: the adapter does not have it.
+        """
+        name = f"{PREFIX}{module}.{side}.weight"
+        if self.adapter is None or name not in self.adapter.keys():  # noqa: SIM118
+            raise Malformed(f"the adapter has no {side}", tensor=f"{module}.weight")
+        return np.asarray(self.adapter.get_tensor(name).float().numpy())
 
     def weights(self) -> list[str]:
         """Names of weights: `X.weight` for a quantized module X, other tensors as they are called."""
@@ -112,7 +130,11 @@ class SafetensorsStored(SafetensorsFiles):
         self.infos = checkpoint.infos()
 
     def value(self, name: str, part: str = "") -> np.ndarray:
-        found = self.decoded(f"{name}{part}")
+        if part.startswith(".residual"):
+            return self.factor(name.removesuffix(".weight"), _LORA[part])
+        found = self.decoded(_place(name, part))
+        if part in _FACTORS:
+            return found
         info = self.infos.get(name)
         return found.T if info is not None and info.rule.transposed else found
 
@@ -123,7 +145,7 @@ class SafetensorsStored(SafetensorsFiles):
         return values
 
     def integers(self, name: str, part: str = "") -> Iterator[Piece] | None:
-        weight = self._quantized.get(f"{name}{part}")
+        weight = self._quantized.get(_place(name, part))
         return pieces_of(weight.layout, weight.read()) if isinstance(weight, Quantized) else None
 
     @functools.cached_property
@@ -137,6 +159,11 @@ class SafetensorsStored(SafetensorsFiles):
             return {}
         headers = [read_header(self.directory / name) for name in self._files]
         return read_quantized(section, {n: header.dense(n) for header in headers for n in header.entries})[0]
+
+
+def _place(name: str, part: str) -> str:
+    """Where a part of a weight lies: a factor is a module within the module, a base is where the weight would be."""
+    return f"{name.removesuffix('.weight')}{part}.weight" if part in _FACTORS else name
 
 
 def _decompress(tensors: Mapping[str, Any], scheme: Mapping[str, Any] | None, key: str) -> np.ndarray:

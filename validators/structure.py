@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from tightship.checkpoint import Checkpoint
+from tightship.exporters.gguf_lora import RESIDUAL
 from tightship.formats.gguf_shards import file_names
 from tightship.formats.packings.modules import PACKINGS
 from tightship.report import Check, judge
 from tightship.target import Exported, TargetPlan, TensorPlan, sorted_files, total_bytes
 from tightship.validators.stored import Stored
+from tightship.weights import Alias, Sum
 
 Fault = tuple[str | None, str]  # tensor or None, and a sentence
 
@@ -99,6 +101,7 @@ def _tensors(checkpoint: Checkpoint, plan: TargetPlan, stored: Stored) -> Iterat
         if plan.target.container == "gguf" and not _fits(tensor, shape):
             yield tensor.name, f"{tensor.name} has shape {shape} in the file, expected {tensor.shape}"
     planned = {tensor.stored_as for tensor in plan.tensors}
+    planned |= {f"{t.stored_as}.lora_{side}" for t in plan.tensors if _corrected(checkpoint, t) for side in "ab"}
     stems = tuple({_stem(tensor) for tensor in plan.tensors})
     for name in found:
         if name not in planned and not name.startswith(stems):
@@ -108,9 +111,14 @@ def _tensors(checkpoint: Checkpoint, plan: TargetPlan, stored: Stored) -> Iterat
             yield name, f"{name} is not stored"
 
 
+def _corrected(checkpoint: Checkpoint, tensor: TensorPlan) -> bool:
+    return tensor.name in checkpoint.weights and isinstance(checkpoint.resolve(tensor.name), Sum)
+
+
 def _stem(tensor: TensorPlan) -> str:
-    """What all tensors of a quantized module begin with; nothing else begins with that of a plain tensor."""
-    return tensor.stored_as.rpartition(".")[0] + "." if tensor.storage in PACKINGS else f"{tensor.stored_as}\0"
+    """What all tensors of a quantized or low-rank module begin with; no other begins with that of a plain tensor."""
+    several = " " in tensor.storage or tensor.storage in PACKINGS
+    return tensor.name.removesuffix("weight") if several else f"{tensor.stored_as}\0"
 
 
 def _fits(tensor: TensorPlan, shape: tuple[int, ...]) -> bool:
@@ -119,8 +127,6 @@ def _fits(tensor: TensorPlan, shape: tuple[int, ...]) -> bool:
 
 
 def _accounted(checkpoint: Checkpoint, plan: TargetPlan, name: str) -> bool:
-    from tightship.weights import Alias
-
     left_out = plan.target.container == "gguf" and checkpoint.infos()[name].rule.gguf is None
     return left_out or isinstance(checkpoint.weights[name], Alias) or any(t.name == name for t in plan.tensors)
 
@@ -194,8 +200,8 @@ def _genai_config(config: Mapping[str, Any], checkpoint: Checkpoint, model: Any)
 
 
 def _index(directory: Path) -> Iterator[Fault]:
-    path = directory / "model.safetensors.index.json"
-    if not path.is_file():
+    path = next(directory.glob("*.safetensors.index.json"), None)
+    if path is None:
         return
     from safetensors import safe_open
 
@@ -211,7 +217,7 @@ def _index(directory: Path) -> Iterator[Fault]:
 def _bytes(plan: TargetPlan, directory: Path, exported: Exported) -> Check:
     """Bytes of the weight files beyond the plan's; ONNX adds its graph, so there it is only reported."""
     if plan.target.container == "gguf":
-        weights = list(file_names(exported.main))
+        weights = [*file_names(exported.main), RESIDUAL]
     else:
         endings = {"safetensors": (".safetensors",), "onnx": (".onnx", ".onnx_data")}
         weights = [name for name in exported.files if name.endswith(endings[plan.target.container])]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from tightship.exporters.gguf_lora import write_adapter
 from tightship.exporters.to_gguf import GgufExporter
 from tightship.opening import open_checkpoint
 from tightship.target import Target
+from tightship.validators.runtimes import llama_adapter, llama_cpp
 
 SIZES = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -34,63 +33,12 @@ MODULES = (
 )
 
 
-class _Batch(ctypes.Structure):
-    """llama.h: struct llama_batch."""
-
-    _fields_ = (
-        ("n_tokens", ctypes.c_int32),
-        ("token", ctypes.POINTER(ctypes.c_int32)),
-        ("embd", ctypes.c_void_p),
-        ("pos", ctypes.POINTER(ctypes.c_int32)),
-        ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
-        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
-        ("logits", ctypes.POINTER(ctypes.c_int8)),
-    )
-
-
-class _Params(ctypes.Structure):
-    """Parameters by value, longer than llama.h's: the callee takes what it knows from the front."""
-
-    _fields_ = (("data", ctypes.c_uint8 * 512),)
-
-    def put(self, place: int, value: int, expected: int) -> None:
-        """Set a 32-bit field whose default is known; another default means another llama.h."""
-        if struct.unpack_from("<i", self.data, place)[0] != expected:
-            pytest.skip("the wheel was built with another llama.h")
-        struct.pack_into("<i", self.data, place, value)
-
-
 def logits(model: Path, adapter: Path | None, ids: np.ndarray) -> np.ndarray:
-    """(s, vocab) of llama.cpp in the xllamacpp wheel: float32 cache, no flash attention, the adapter at scale 1."""
-    package = pytest.importorskip("xllamacpp")
-    lib = ctypes.CDLL(str(next(Path(package.__file__).parent.glob("*.so"))))
-    for name in ("llama_model_load_from_file", "llama_init_from_model", "llama_adapter_lora_init", "llama_get_logits"):
-        getattr(lib, name).restype = ctypes.c_void_p
-    lib.llama_context_default_params.restype = lib.llama_model_default_params.restype = _Params
-    lib.llama_batch_init.restype = _Batch
-    lib.llama_backend_init()
-    loaded = ctypes.c_void_p(lib.llama_model_load_from_file(str(model).encode(), lib.llama_model_default_params()))
-    assert loaded.value
-    params = lib.llama_context_default_params()
-    for place, value, expected in ((0, 128, 512), (4, 128, 2048), (52, 0, -1), (104, 0, 1), (108, 0, 1)):
-        params.put(place, value, expected)
-    context = ctypes.c_void_p(lib.llama_init_from_model(loaded, params))
-    assert context.value
-    if adapter is not None:
-        lora = lib.llama_adapter_lora_init(loaded, str(adapter).encode())
-        assert lora, "llama.cpp does not load the adapter"
-        assert lib.llama_set_adapters_lora(context, (ctypes.c_void_p * 1)(lora), 1, (ctypes.c_float * 1)(1.0)) == 0
-    batch = lib.llama_batch_init(len(ids), 0, 1)
-    batch.n_tokens = len(ids)
-    for i, token in enumerate(ids):
-        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = int(token), i, 1, 1
-        batch.seq_id[i][0] = 0
-    assert lib.llama_decode(context, batch) == 0
-    found = ctypes.cast(lib.llama_get_logits(context), ctypes.POINTER(ctypes.c_float))
-    copy = np.ctypeslib.as_array(found, (len(ids), SIZES["vocab_size"])).copy()
-    lib.llama_free(context)
-    lib.llama_model_free(loaded)
-    return copy
+    """(s, vocab) of llama.cpp: float32 cache, no flash attention, the adapter at scale 1."""
+    job = {"artifact": str(model.parent), "main": model.name, "mode": "graph"}
+    if adapter is None:
+        return llama_cpp.run(job, {"input_ids": ids[None]})[1]["logits"][0]
+    return llama_adapter.run({**job, "adapter": adapter.name}, {"input_ids": ids[None]})[1]["logits"][0]
 
 
 @pytest.fixture(scope="module")

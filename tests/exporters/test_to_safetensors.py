@@ -21,7 +21,7 @@ from tightship.exporters.to_safetensors import SafetensorsExporter
 from tightship.formats.layouts import parse_layout
 from tightship.opening import open_checkpoint
 from tightship.target import Exported, Target, TargetPlan
-from tightship.weights import Alias, Dense, Factored, Quantized
+from tightship.weights import Alias, Dense, Quantized
 
 EMBER = Path(__file__).resolve().parents[2] / "examples" / "ember"
 SMALL = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -338,9 +338,6 @@ def test_what_the_container_cannot_say_is_refused(tmp_path: Path) -> None:
         exporter.plan(quantized(ember, {name: "q4_1"}), target)
     assert caught.value.tensor == name
     assert "int4-g32-asym" in (caught.value.hint or "")
-    factors = Factored(Dense.of(np.zeros((768, 4), np.float32)), Dense.of(np.zeros((4, 256), np.float32)))
-    with pytest.raises(Unsupported, match="low-rank"):
-        exporter.plan(ember.with_weights({name: factors}), target)
     with pytest.raises(Unsupported, match="packed embedding"):
         exporter.plan(quantized(ember, {"model.embed_tokens.weight": "int8"}), target)
     gpt2 = random_model("gpt2", tmp_path / "gpt2")

@@ -36,6 +36,7 @@ Arrays = dict[str, np.ndarray]
 
 RUNTIMES = {
     "llama_cpp": "tightship.validators.runtimes.llama_cpp",
+    "llama_adapter": "tightship.validators.runtimes.llama_adapter",
     "onnx_runtime": "tightship.validators.runtimes.onnx_runtime",
     "transformers_client": "tightship.validators.runtimes.transformers_client",
     "genai": "tightship.validators.runtimes.genai",

@@ -130,7 +130,7 @@ def new_context(model: LlamaModel, job: dict[str, Any], length: int, *, encoder:
     return library.LlamaContext(model=model, params=params)
 
 
-def _kept(arrays: Arrays) -> list[np.ndarray]:
+def kept_positions(arrays: Arrays) -> list[np.ndarray]:
     """Positions of each row that the mask keeps."""
     ids = arrays["input_ids"]
     mask = arrays.get("attention_mask", np.ones_like(ids))
@@ -156,10 +156,10 @@ def _logits(model: LlamaModel, job: dict[str, Any], arrays: Arrays) -> np.ndarra
     ids = arrays["input_ids"]
     out = np.zeros((*ids.shape, model.n_vocab), np.float32)
     context = new_context(model, job, ids.shape[1])
-    for row, kept in enumerate(_kept(arrays)):
+    for row, kept in enumerate(kept_positions(arrays)):
         context.kv_cache_clear()
         given = _encoded(model, context, ids[row, kept])
-        for first, last in _steps(len(kept), int(job.get("decode", 0))):
+        for first, last in chunks(len(kept), int(job.get("decode", 0))):
             step(context, given[first:last], first)
             for place in range(first, last):
                 out[row, kept[place]] = context.get_logits_ith(place - first)
@@ -175,11 +175,11 @@ def _encoded(model: LlamaModel, context: LlamaContext, ids: np.ndarray) -> np.nd
     return np.concatenate([[max(model.decoder_start_token(), 0)], ids[:-1]])
 
 
-def _steps(length: int, decode: int) -> list[tuple[int, int]]:
+def chunks(length: int, decode: int) -> list[tuple[int, int]]:
     """Chunks of the prompt, then single tokens."""
     split = max(length - decode, min(length, 1))
-    chunks = [(i, min(i + _CHUNK, split)) for i in range(0, split, _CHUNK)]
-    return chunks + [(i, i + 1) for i in range(split, length)]
+    prompt = [(i, min(i + _CHUNK, split)) for i in range(0, split, _CHUNK)]
+    return prompt + [(i, i + 1) for i in range(split, length)]
 
 
 def _greedy(model: LlamaModel, job: dict[str, Any], prompt: np.ndarray) -> np.ndarray:
@@ -187,7 +187,7 @@ def _greedy(model: LlamaModel, job: dict[str, Any], prompt: np.ndarray) -> np.nd
     count = int(job["tokens"])
     context = new_context(model, job, len(prompt) + count)
     prompt = _encoded(model, context, prompt)[: 1 if model.has_encoder() else None]
-    for first, last in _steps(len(prompt), 0):
+    for first, last in chunks(len(prompt), 0):
         step(context, prompt[first:last], first)
     found: list[int] = []
     while True:
@@ -201,13 +201,13 @@ def _encode(model: LlamaModel, job: dict[str, Any], arrays: Arrays) -> Arrays:
     ids = arrays["input_ids"]
     out = {"last_hidden_state": np.zeros((*ids.shape, model.n_embd), np.float32)}
     context = new_context(model, job, ids.shape[1], encoder=True)
-    for row, kept in enumerate(_kept(arrays)):
+    for row, kept in enumerate(kept_positions(arrays)):
         step(context, ids[row, kept], 0)
         for place, position in enumerate(kept):
             out["last_hidden_state"][row, position] = context.get_embeddings_ith(place)
     if "pooling" in job:
         hidden = out["last_hidden_state"]
-        rows = [hidden[row, kept] for row, kept in enumerate(_kept(arrays))]
+        rows = [hidden[row, kept] for row, kept in enumerate(kept_positions(arrays))]
         out["sentence_embedding"] = np.stack([r.mean(0) if job["pooling"] == "mean" else r[0] for r in rows])
     return out
 

@@ -1,8 +1,9 @@
 """transformers as a client of the published safetensors: its own loader, every tensor accounted for.
 
 Job: `artifact` (directory), `mode`, `threads`. `graph` loads in float32 with weights decompressed once and activations
-left alone; `shipped` loads as a user would (`dtype="auto"`, activation quantization live). With `mapped`,
-`graph` keeps weights in their stored type and widens those of one module at a time, while it runs.
+left alone; `shipped` loads as a user would (`dtype="auto"`, activation quantization live). An adapter with corrections
+is applied, factored modules take the place of linear ones. With `mapped`, `graph` keeps weights in their stored type
+and widens those of one module at a time, while it runs.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def load(directory: Path, config: dict[str, Any], mode: str) -> PreTrainedModel:
     quantization = config.get("quantization_config")
     narrow = mode == "shipped" or (mode == "mapped" and not quantization)
     options: dict[str, Any] = {"dtype": "auto" if narrow else torch.float32}
-    if quantization and quantization["quant_method"] in DECODED:
+    if config.get("low_rank") or (quantization and quantization["quant_method"] in DECODED):
         return _from_decoded(directory, config, options["dtype"])
     if quantization and quantization["quant_method"] == "compressed-tensors" and _dequantize(quantization, mode):
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
@@ -95,6 +96,7 @@ def load(directory: Path, config: dict[str, Any], mode: str) -> PreTrainedModel:
         **options,
     )
     check_loading(info, dropped=_DROPPED if "quantization_config" in options else ())
+    model = _corrected(model, directory)
     return widened_in_use(model.eval()) if mode == "mapped" and narrow else model.eval()
 
 
@@ -107,15 +109,38 @@ def _from_decoded(directory: Path, config: dict[str, Any], dtype: Any) -> PreTra
 
     files = SafetensorsFiles(directory)
     settings = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    del settings.quantization_config
+    settings.__dict__.pop("quantization_config", None)
     state = {name: torch.from_numpy(np.ascontiguousarray(files.decoded(name))) for name in files.weights()}
     auto = getattr(transformers, auto_class(config))
-    model, info = getattr(transformers, (config.get("architectures") or [auto.__name__])[0], auto).from_pretrained(
-        None, config=settings, state_dict=state, attn_implementation="eager", output_loading_info=True,
-        dtype=settings.dtype if dtype == "auto" else dtype,
-    )  # fmt: skip
+    kind = getattr(transformers, (config.get("architectures") or [auto.__name__])[0], auto)
+    options = {"attn_implementation": "eager", "dtype": settings.dtype if dtype == "auto" else dtype}
+    if config.get("low_rank"):
+        return _corrected(
+            _factored(kind._from_config(settings, **options), config["low_rank"], state), directory
+        ).eval()
+    model, info = kind.from_pretrained(None, config=settings, state_dict=state, output_loading_info=True, **options)
     check_loading(info)
-    return model.eval()
+    return _corrected(model, directory).eval()
+
+
+def _factored(model: Any, ranks: dict[str, int], state: dict[str, Any]) -> Any:
+    """The model with factored modules and the tensors of `state`, all of them and no others."""
+    from tightship.validators.runtimes.low_rank_modules import factored
+
+    narrow = model.dtype
+    model = factored(model, ranks, {name: tuple(tensor.shape) for name, tensor in state.items()}).to(narrow)
+    keys = model.load_state_dict(state, strict=False)
+    tied = set(model.get_expanded_tied_weights_keys())
+    check_loading({"missing_keys": set(keys.missing_keys) - tied, "unexpected_keys": keys.unexpected_keys})
+    return model
+
+
+def _corrected(model: Any, directory: Path) -> Any:
+    """The model with the adapter that lies beside it, if there is one."""
+    from tightship.validators.runtimes.low_rank_modules import with_adapter
+
+    adapter = directory / "adapter"
+    return with_adapter(model, adapter) if adapter.is_dir() else model
 
 
 def widened_in_use(model: PreTrainedModel) -> PreTrainedModel:
