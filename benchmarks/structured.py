@@ -4,21 +4,26 @@
     python benchmarks/structured.py --speed [--shares 0.12 0.25 0.5] [--rounds 3]
 
 Quality: every kind of unit at every share, calibrated on the beginning of FILE, test perplexity before and after
-recovery (`recover: full`) on the same text's later part. Each smaller model is exported to GGUF, ONNX and safetensors
-and run in llama.cpp, ONNX Runtime and transformers; `runs` says in how many of the three it did.
+recovery (`distill` from the original, alpha 1) on the text's middle. The rate is the one of `--rates` that is best for
+the first smaller model on the last quarter of FILE. Each smaller model is exported to GGUF, ONNX and safetensors (but
+for blocks of unlike widths) and run in llama.cpp, ONNX Runtime and transformers; `runs` says in which it did.
 
 Speed: a random Llama of 30 blocks, 576 wide, 9 query and 3 key heads, MLP 1536, vocabulary 49152 (135M), float32,
 against itself with a share of the MLP channels and the same share of blocks cut, in llama.cpp and ONNX Runtime.
 
-Writes structured-NAME.json and .md, or structured-speed.json and .md.
+Writes structured-NAME.json and .md, rewritten after every row, or structured-speed.json and .md. Rows that are there
+already are not computed again, so that `--minutes`, after which no new row is begun, cuts the table into short runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +37,7 @@ from tightship.modelview import ModelView
 from tightship.opening import open_checkpoint
 from tightship.passes import pass_for
 from tightship.passes.base import Run
+from tightship.per_layer import has_unlike_layers
 from tightship.target import Target
 from tightship.texts import read_documents, token_windows
 from tightship.validators.bench import Plan, bench, subjects
@@ -46,6 +52,7 @@ SHAPE = {
 }  # fmt: skip
 
 
+KINDS = ["ffn", "heads", "layers", "width", "ffn unlike"]
 DEMO = Path(__file__).parents[1] / "examples" / "ember"
 
 
@@ -57,7 +64,8 @@ def variants(checkpoint: Checkpoint, kinds: list[str], shares: list[float]) -> I
             if kind == "layers":
                 yield f"layers {share:.0%}", pass_for("drop-layers", {"count": max(1, round(share * layers))})
                 continue
-            step = pass_for("prune-structured", {kind: share})
+            unit, _, unlike = kind.partition(" ")
+            step = pass_for("prune-structured", {unit: share, "uniform": not unlike})
             try:
                 step.requires(checkpoint)
             except UsageError:
@@ -65,35 +73,86 @@ def variants(checkpoint: Checkpoint, kinds: list[str], shares: list[float]) -> I
             yield f"{kind} {share:.0%}", step
 
 
+@dataclass
+class Quality:
+    """One checkpoint, its texts, and the rows so far."""
+
+    options: argparse.Namespace
+    checkpoint: Checkpoint
+    report: dict[str, Any]
+    deadline: float
+
+    def __post_init__(self) -> None:
+        text = "\n".join(read_documents(self.options.calibration))
+        quarter = len(text) // 4
+        self.early, self.middle, self.late = text[: 2 * quarter], text[2 * quarter : 3 * quarter], text[3 * quarter :]
+        self.test = self.windows(read_documents(self.options.test), self.options.test_tokens)
+
+    def windows(self, documents: Any, tokens: int) -> np.ndarray:
+        found = token_windows(self.checkpoint, documents, tokens=tokens, sequence=256)
+        return np.stack([w for w in found if len(w) == 256])
+
+    def recovered(self, smaller: Checkpoint, rate: float) -> Checkpoint:
+        """Taught by the original."""
+        options = {"alpha": 1.0, "temperature": 1.0, "batch": 4, "tokens": self.options.recovery, "sequence": 128}
+        run = Run(threads=self.options.threads, texts=(self.middle,), inputs={"teacher": self.checkpoint})
+        return pass_for("distill", {**options, "rate": rate}).apply(smaller, run)
+
+    def rate(self, smaller: Checkpoint) -> float:
+        """The best of the rates on the tuning slice, found once."""
+        tried: dict[str, float] = self.report.setdefault("tuning", {})
+        late = self.windows((self.late,), self.options.test_tokens // 2)
+        for rate in self.options.rates:
+            if str(rate) not in tried:
+                self.stop_in_time()
+                tried[str(rate)] = perplexity(self.recovered(smaller, rate), late, self.options.threads)
+                self.save()
+        return float(min(tried, key=lambda rate: tried[rate]))
+
+    def row(self, what: str, step: Any) -> None:
+        """A row, computed unless it is there."""
+        if any(row["what"] == what for row in self.report["rows"]):
+            return
+        self.stop_in_time()
+        run = Run(threads=self.options.threads, texts=(self.early,), tokens=self.options.tokens, sequence=256)
+        smaller = step.apply(self.checkpoint, run) if step else self.checkpoint
+        row = {"what": what, "parameters": parameters(smaller) / parameters(self.checkpoint)}
+        row["before"] = perplexity(smaller, self.test, self.options.threads)
+        if step:
+            after = self.recovered(smaller, self.rate(smaller))
+            row["after"] = perplexity(after, self.test, self.options.threads)
+            row["runs"] = runs(smaller)
+        self.report["rows"].append(row)
+        self.save()
+        print(json.dumps(row), flush=True)
+
+    def stop_in_time(self) -> None:
+        if time.monotonic() > self.deadline:
+            raise SystemExit("time is up; the next run continues here")
+
+    def save(self) -> None:
+        write(self.report, self.options.out / f"structured-{self.checkpoint.name}", quality_table)
+
+
 def quality(options: argparse.Namespace) -> dict[str, Any]:
     """The first part."""
     checkpoint = open_checkpoint(options.checkpoint)
-    text = "\n".join(read_documents(options.calibration))
-    half = len(text) // 2
-    test = token_windows(checkpoint, read_documents(options.test), tokens=options.test_tokens, sequence=256)
-    windows = np.stack([w for w in test if len(w) == 256])
-    run = Run(threads=options.threads, texts=(text[:half],), tokens=options.tokens, sequence=256)
-    later = Run(threads=options.threads, texts=(text[half:],), tokens=options.recovery, sequence=128)
-    recover = pass_for("recover", {"tokens": options.recovery, "sequence": 128, "rate": 5e-4})
-    rows = [{"what": "dense", "parameters": 1.0, "before": perplexity(checkpoint, windows, options.threads)}]
-    rows[0]["after"] = perplexity(recover.apply(checkpoint, later), windows, options.threads)
-    report = {"checkpoint": checkpoint.name, "settings": settings(options), "rows": rows}
+    report: dict[str, Any] = {"checkpoint": checkpoint.name, "settings": settings(options), "rows": []}
+    known = (options.out / f"structured-{checkpoint.name}").with_suffix(".json")
+    if known.exists() and json.loads(known.read_text())["settings"] == report["settings"]:
+        report = json.loads(known.read_text())
+    bench = Quality(options, checkpoint, report, time.monotonic() + 60 * options.minutes)
+    bench.row("dense", None)
     for what, step in variants(checkpoint, options.kinds, options.shares):
-        smaller = step.apply(checkpoint, run)
-        row: dict[str, Any] = {"what": what, "parameters": parameters(smaller) / parameters(checkpoint)}
-        row["before"] = perplexity(smaller, windows, options.threads)
-        row["after"] = perplexity(recover.apply(smaller, later), windows, options.threads)
-        row["runs"] = runs(smaller)
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        write(report, options.out / f"structured-{checkpoint.name}", quality_table)
+        bench.row(what, step)
     return report
 
 
 def runs(checkpoint: Checkpoint) -> list[str]:
     """Runtimes that load and run the exported model."""
     with tempfile.TemporaryDirectory() as folder:
-        export(checkpoint, Path(folder), ("gguf", "onnx", "safetensors"))
+        alike = () if has_unlike_layers(checkpoint.config) else ("safetensors",)
+        export(checkpoint, Path(folder), ("gguf", "onnx", *alike))
         wanted = [s for s in subjects(Path(folder)) if s.runtime != "onnxruntime-genai"]
         found = bench(Path(folder), Plan(prompt=8, decode=0, passes=1, rounds=1), chosen=wanted)
         return [m.subject.runtime for m in found.measured if m.rounds]
@@ -175,7 +234,8 @@ def tokenizer() -> dict[str, bytes]:
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "calibration": f"first half of {options.calibration.name}, {options.tokens} tokens",
-        "recovery": f"second half, {options.recovery} tokens, full, rate 5e-4",
+        "recovery": f"third quarter, {options.recovery} tokens, distilled from the original",
+        "tuning slice": f"last quarter, {options.test_tokens // 2} tokens",
         "test": f"{options.test.name}, {options.test_tokens} tokens in windows of 256",
     }
 
@@ -183,10 +243,13 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 def quality_table(report: dict[str, Any]) -> str:
     lines = [f"# Structured pruning of {report['checkpoint']}", ""]
     lines += [f"- {key}: {value}" for key, value in report["settings"].items()]
+    tried = ", ".join(f"{rate}: {value:.3f}" for rate, value in report.get("tuning", {}).items())
+    lines += [f"- rate: perplexity of the first smaller model on the tuning slice: {tried}"]
     head = ["removed", "parameters left", "perplexity", "after recovery", "runs in"]
     lines += ["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in report["rows"]:
-        cells = [row["what"], f"{row['parameters']:.1%}", f"{row['before']:.2f}", f"{row['after']:.2f}"]
+        after = f"{row['after']:.2f}" if "after" in row else ""
+        cells = [row["what"], f"{row['parameters']:.1%}", f"{row['before']:.2f}", after]
         lines.append("| " + " | ".join([*cells, ", ".join(row.get("runs", []))]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -218,11 +281,13 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--test", type=Path)
-    parser.add_argument("--kinds", nargs="*", default=["ffn", "width", "heads", "layers"])
+    parser.add_argument("--kinds", nargs="*", default=KINDS)
     parser.add_argument("--shares", nargs="*", type=float, default=[0.12, 0.25, 0.5])
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--test-tokens", type=int, default=6144)
     parser.add_argument("--recovery", type=int, default=32768)
+    parser.add_argument("--rates", nargs="*", type=float, default=[1e-4, 2e-4, 5e-4])
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no new row after so many")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))

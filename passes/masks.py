@@ -7,6 +7,7 @@ depends on nothing but the scores.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -27,6 +28,34 @@ def lowest_in_rows(scores: np.ndarray, count: int) -> np.ndarray:
 def lowest(scores: np.ndarray, count: int) -> np.ndarray:
     """Boolean of `scores`' shape: exactly `count` lowest scores of the whole array."""
     return lowest_in_rows(scores.reshape(1, -1), count).reshape(scores.shape)
+
+
+def even_rows(scores: np.ndarray, count: int) -> np.ndarray:
+    """Boolean (rows, cols): `count` in all, the lowest of each row, rows differing by one at most."""
+    return lowest_of_rows(scores, even_counts(len(scores), count))
+
+
+def even_counts(rows: int, count: int) -> np.ndarray:
+    """(rows,) int64 that add up to `count`, differing by one at most; the longer ones are spread evenly."""
+    share, extra = divmod(count, rows)
+    return share + np.diff(np.arange(rows + 1) * extra // rows)
+
+
+def lowest_of_rows(scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Boolean (rows, cols): the lowest `counts` (rows,) scores of each row."""
+    mask = np.empty(scores.shape, bool)
+    for number in np.unique(counts):
+        rows = counts == number
+        mask[rows] = lowest_in_rows(scores[rows], int(number))
+    return mask
+
+
+def lowest_of_all(scores: Mapping[str, np.ndarray], share: float) -> dict[str, np.ndarray]:
+    """Boolean masks of the lowest scores of all arrays together, round(share * all) of them."""
+    together = np.concatenate([score.reshape(-1) for score in scores.values()])
+    ends = np.cumsum([score.size for score in scores.values()])
+    parts = np.split(lowest(together, round(share * together.size)), ends[:-1])
+    return {name: part.reshape(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
 
 
 def lowest_in_groups(scores: np.ndarray, keep: int, group: int) -> np.ndarray:

@@ -1,7 +1,15 @@
 """Unstructured and N:M pruning: zeros in the linears of the blocks. What to zero is the method's business.
 
-1. `sparsity` s: of n weights (of a tensor, a row, or all tensors together: `scope`) exactly round(s * n) are zero
-   afterwards, or more where more were zero before.
+1. `sparsity` s: of n weights exactly round(s * n) are zero afterwards, or more where more were zero before. `scope`
+   says what they are compared with, and so where they lie:
+
+   | scope     | zeros                                             | methods, the first one's default               |
+   |-----------|---------------------------------------------------|------------------------------------------------|
+   | `tensor`  | the lowest scores of a tensor                     | magnitude, gradient, sensitivity; all others   |
+   | `row`     | as many in each row, or one more                  | wanda; all others                              |
+   | `columns` | as many in each run of columns that a sweep takes | sparsegpt alone                                |
+   | `global`  | the lowest scores of all tensors together         | none; all                                      |
+
 2. `pattern` "N:M": of M consecutive weights of a row at most N stay; `sparsity` is then 1 - N/M and need not be said.
 3. Zeroed weights are +0.0 in the source's dtype; all others keep their bits.
 
@@ -33,7 +41,6 @@ _METHODS = {
     "sparsegpt": "tightship.passes.prune_sparsegpt",
 }
 _METHOD_OPTIONS = {
-    "scope": "tensor",
     "schedule": "uniform",
     "score": None,
     "spread": None,
@@ -47,12 +54,14 @@ class PruneMethod(ABC):
 
     Class attributes:
         needs, revision: as of a pass.
-        options: which of `scope`, `schedule`, `score`, `spread`, `trials` and `damp` it has.
+        options: which of `schedule`, `score`, `spread`, `trials` and `damp` it has.
+        scopes: which it has, its default first.
     """
 
     needs: ClassVar[Needs] = "nothing"
     revision: ClassVar[int] = 1
     options: ClassVar[frozenset[str]] = frozenset()
+    scopes: ClassVar[tuple[str, ...]] = ("tensor", "row", "global")
 
     def per_tensor(self, spec: Prune) -> bool:  # noqa: ARG002 - most methods do not look at it
         """Whether each tensor can be pruned apart from all others, cheaply."""
@@ -67,6 +76,10 @@ class PruneMethod(ABC):
         for option, default in _METHOD_OPTIONS.items():
             if getattr(spec, option) != default and option not in self.options:
                 raise UsageError(f"prune: method {spec.method} has no {option}")
+        if spec.scope not in (None, *self.scopes):
+            raise UsageError(
+                f"prune: method {spec.method} has no scope {spec.scope}", hint=f"it has {', '.join(self.scopes)}"
+            )
 
     @abstractmethod
     def prune(self, spec: Prune, checkpoint: Checkpoint, run: Run) -> Mapping[str, Stored]:
@@ -77,7 +90,7 @@ class PruneMethod(ABC):
 class Prune(Pass):
     """See the module.
 
-    `scope`: over what the count is taken. `schedule`: how the calibrated methods share a global sparsity out among
+    `scope`: see above; None is the default. `schedule`: how the calibrated methods share a global sparsity out among
     tensors, by which `score`, and how far shares may lie apart (`spread`); see `schedules`. `trials`: of a search.
     `damp`: see `hessian`. `steps`: in how many, and `recover`: options of the pass `recover` after each; see
     `prune_loop`.
@@ -90,7 +103,7 @@ class Prune(Pass):
     method: str = "magnitude"
     sparsity: float | None = None
     pattern: str = "unstructured"
-    scope: Literal["tensor", "row", "global"] = "tensor"
+    scope: Literal["tensor", "row", "columns", "global"] | None = None
     schedule: Literal["uniform", "log-kmeans", "owl", "water-fill", "search"] = "uniform"
     score: Literal["kl", "relative", "absolute"] | None = None
     spread: float | None = None
@@ -109,10 +122,12 @@ class Prune(Pass):
             raise UsageError(
                 f"prune: pattern {self.pattern} is sparsity {1 - groups[0] / groups[1]:g}, not {self.sparsity:g}"
             )
-        if groups and self.scope != "tensor":
+        if groups and self.scope is not None:
             raise UsageError(f"prune: pattern {self.pattern} counts within its groups; leave scope out")
         if groups and self.schedule != "uniform":
             raise UsageError(f"prune: pattern {self.pattern} leaves nothing to schedule; leave schedule out")
+        if self.scope == "global" and self.schedule != "uniform":
+            raise UsageError("prune: scope global shares zeros out by itself; leave schedule out")
         if self.schedule == "uniform" and (self.score is not None or self.spread is not None):
             raise UsageError("prune: score and spread belong to a schedule other than uniform")
         if self.spread is not None and not 0 < self.spread <= 0.5:
@@ -146,6 +161,11 @@ class Prune(Pass):
             )
         found: PruneMethod = importlib.import_module(_METHODS[self.method]).METHOD
         return found
+
+    @property
+    def compared(self) -> str:
+        """The scope."""
+        return self.scope or self.solver.scopes[0]
 
     @property
     def groups(self) -> tuple[int, int] | None:

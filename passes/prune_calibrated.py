@@ -20,7 +20,7 @@ from tightship.passes.hessian import loss
 from tightship.passes.masks import finite
 from tightship.passes.prune import Prune, PruneMethod
 from tightship.passes.prune_search import search
-from tightship.passes.prune_survey import survey
+from tightship.passes.prune_survey import global_counts, survey
 from tightship.passes.schedules import Layer, zeros_per_layer
 from tightship.weights import Dense, Quantized, Stored
 
@@ -61,6 +61,8 @@ class CalibratedPrune(PruneMethod):
     def _zeros(self, spec: Prune, checkpoint: Checkpoint, run: Run) -> dict[str, int]:
         """How many zeros each matrix gets."""
         share = spec.sparsity or 0.0
+        if spec.compared == "global":
+            return _kept(run, "counts.json", lambda: global_counts(self, spec, checkpoint, run))
         if spec.schedule == "uniform":
             return {name: round(share * int(np.prod(w.shape))) for name, w in spec.tensors(checkpoint).items()}
         facts = self._facts(spec, checkpoint, run)

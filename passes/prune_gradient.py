@@ -15,7 +15,7 @@ from tightship.dtypes import dtype
 from tightship.passes.base import Needs, Run
 from tightship.passes.calibration import calibration_windows
 from tightship.passes.gradients import mean_over_windows
-from tightship.passes.masks import finite, lowest, lowest_in_groups, lowest_in_rows
+from tightship.passes.masks import finite, lowest, lowest_in_groups, lowest_in_rows, lowest_of_all
 from tightship.passes.prune import Prune, PruneMethod
 from tightship.weights import Dense, Stored
 
@@ -24,7 +24,6 @@ class Gradient(PruneMethod):
     """Base of the methods that score with gradients."""
 
     needs: ClassVar[Needs] = "calibration"
-    options: ClassVar[frozenset[str]] = frozenset({"scope"})
 
     @staticmethod
     def of(gradient: Any) -> Any:
@@ -57,12 +56,8 @@ def _masks(spec: Prune, scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarra
     if spec.groups is not None:
         return {name: lowest_in_groups(score, *spec.groups) for name, score in scores.items()}
     share = spec.sparsity or 0.0
-    if spec.scope == "row":
+    if spec.compared == "row":
         return {name: lowest_in_rows(score, round(share * score.shape[1])) for name, score in scores.items()}
-    if spec.scope == "tensor":
+    if spec.compared == "tensor":
         return {name: lowest(score, round(share * score.size)) for name, score in scores.items()}
-    together = np.concatenate([score.reshape(-1) for score in scores.values()])
-    mask = lowest(together, round(share * together.size))
-    ends = np.cumsum([score.size for score in scores.values()])
-    parts = np.split(mask, ends[:-1])
-    return {name: part.reshape(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
+    return lowest_of_all(scores, share)

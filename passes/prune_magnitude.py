@@ -23,14 +23,13 @@ class Magnitude(PruneMethod):
     """Score |w|."""
 
     needs: ClassVar[Needs] = "nothing"
-    options: ClassVar[frozenset[str]] = frozenset({"scope"})
 
     def per_tensor(self, spec: Prune) -> bool:
-        return spec.scope != "global"
+        return spec.compared != "global"
 
     def prune(self, spec: Prune, checkpoint: Checkpoint, run: Run) -> Mapping[str, Stored]:
         tensors = spec.tensors(checkpoint)
-        if spec.scope != "global":
+        if spec.compared != "global":
             return {name: _masked(name, weight, spec) for name, weight in tensors.items()}
         cut = _global_cut(tensors, spec.sparsity or 0.0, run)
         return {name: _cut(name, weight, cut.threshold, cut.ties[name]) for name, weight in tensors.items()}
@@ -44,7 +43,7 @@ def mask(scores: np.ndarray, spec: Prune) -> np.ndarray:
     if spec.groups:
         return lowest_in_groups(scores, *spec.groups)
     share = spec.sparsity or 0.0
-    if spec.scope == "row":
+    if spec.compared == "row":
         return lowest_in_rows(scores, round(share * scores.shape[1]))
     return lowest(scores, round(share * scores.size))
 

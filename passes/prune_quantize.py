@@ -16,11 +16,10 @@ from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported, UsageError
 from tightship.layout import Layout
 from tightship.passes.calibration import Moments
-from tightship.passes.hessian import DAMP
 from tightship.passes.prune import Prune, PruneMethod
 from tightship.passes.prune_sparsegpt import SparseGpt
 from tightship.passes.quantize import layout_of, not_yet
-from tightship.passes.sparsegpt import Sweep, prune_and_round
+from tightship.passes.sparsegpt import prune_and_round
 from tightship.weights import Quantized
 
 
@@ -89,6 +88,5 @@ class JointSparseGpt(SparseGpt):
 
     def solved(self, spec: Prune, w: np.ndarray, moments: Moments, zeros: int, device: str) -> Quantized:
         assert isinstance(spec, PruneQuantize)
-        damp = DAMP if spec.damp is None else spec.damp
-        how = Sweep(groups=spec.groups, damp=damp, device=device)
-        return Quantized.of(spec.grid, prune_and_round(w, moments.second, zeros, spec.grid, how)[0])
+        swept = prune_and_round(w, moments.second, zeros, spec.grid, self.sweep(spec, device))
+        return Quantized.of(spec.grid, swept[0])

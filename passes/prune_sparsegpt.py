@@ -17,10 +17,15 @@ class SparseGpt(CalibratedPrune):
     """Zeros where w^2 / U_jj^2 is least, and the other weights of the row make good for them."""
 
     options: ClassVar[frozenset[str]] = frozenset({"schedule", "score", "spread", "trials", "damp"})
+    scopes: ClassVar[tuple[str, ...]] = ("columns", "row", "tensor", "global")
 
     def pruned(self, spec: Prune, w: np.ndarray, moments: Moments, zeros: int, device: str) -> np.ndarray:
-        how = Sweep(spec.groups, DAMP if spec.damp is None else spec.damp, device)
-        return prune_with_feedback(w, moments.second, zeros, how)[0]
+        return prune_with_feedback(w, moments.second, zeros, self.sweep(spec, device))[0]
+
+    def sweep(self, spec: Prune, device: str) -> Sweep:
+        """How the spec wants it."""
+        damp = DAMP if spec.damp is None else spec.damp
+        return Sweep(spec.groups, damp, device, "tensor" if spec.compared == "global" else spec.compared)
 
     def costs(self, spec: Prune, w: np.ndarray, moments: Moments) -> np.ndarray:
         return np.square(w, dtype=np.float64) * column_costs(moments.second, DAMP if spec.damp is None else spec.damp)

@@ -16,7 +16,7 @@ from tightship.modelview import ModelView
 from tightship.passes.base import Run
 from tightship.passes.calibration import Moments, MomentSums, calibration_windows
 from tightship.passes.hessian import loss
-from tightship.passes.masks import finite
+from tightship.passes.masks import finite, lowest_of_all
 from tightship.passes.schedules import Layer
 from tightship.passes.stand_ins import StandIns
 
@@ -55,6 +55,20 @@ def survey(method: CalibratedPrune, spec: Prune, checkpoint: Checkpoint, run: Ru
         share = sum(f.outliers * f.size for f in found.values()) / max(1, sum(f.size for f in found.values()))
         layers |= {n: Layer(f.size, f.score, share, f.costs) for n, f in found.items()}
     return layers
+
+
+def global_counts(method: CalibratedPrune, spec: Prune, checkpoint: Checkpoint, run: Run) -> dict[str, int]:
+    """How many of the lowest costs of all matrices together each one has. All costs are in memory, float32."""
+    tensors, costs = spec.tensors(checkpoint), dict[str, np.ndarray]()
+    view = ModelView(checkpoint, threads=run.threads, device=run.device)
+    for step in walk_blocks(view, calibration_windows(checkpoint, run)):
+        run.progress("costs of weights", step.index, int(checkpoint.hyper["layers"]))
+        sums = MomentSums(full=True)
+        step.observe(sums)
+        for name in [name for name in step.linears if name in tensors]:
+            w = finite(name, step.read(name))
+            costs[name] = method.costs(spec, w, sums.of(name, w.shape[1])).astype(np.float32)
+    return {name: int(mask.sum()) for name, mask in lowest_of_all(costs, spec.sparsity or 0.0).items()}
 
 
 def _measure(method: CalibratedPrune, spec: Prune, w: np.ndarray, moments: Moments, hurt: float | None) -> Layer:

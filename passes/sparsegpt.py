@@ -5,6 +5,9 @@ when zeroed, w_ij^2 / U_jj^2, are chosen, U being the factor of the inverse mome
 column by column the error e_j = (w_j - v_j) / U_jj is taken off later columns, w_k - e_j U_jk. The sum of e^2 is the
 loss. Arithmetic is float64.
 
+A weight is compared with its run (scope `columns`, the paper's), with its row of the run (`row`), or, before anything
+is updated, with the whole matrix (`tensor`).
+
 In the joint sweep what stays is rounded to a grid as its column is reached, so later columns make good for both errors
 at once (section 3.5 of the paper). A block's parameters are fitted when the sweep reaches it, on weights that carry all
 errors so far and hold the zeros already. Zero must be a value of the grid.
@@ -20,7 +23,7 @@ import numpy as np
 
 from tightship.layout import Arrays, Context, Layout
 from tightship.passes.hessian import DAMP, inverse_factor
-from tightship.passes.masks import lowest, lowest_in_groups
+from tightship.passes.masks import even_counts, lowest, lowest_in_groups, lowest_of_rows
 from tightship.passes.quantize.columns import Columns
 
 if TYPE_CHECKING:
@@ -31,11 +34,12 @@ _COLUMNS = 128
 
 @dataclass(frozen=True)
 class Sweep:
-    """How to go about it: (N, M) of a pattern, damping as a share of the mean diagonal, where to compute."""
+    """How to go about it: (N, M) of a pattern, damping as a share of the mean diagonal, where to compute, the scope."""
 
     groups: tuple[int, int] | None = None
     damp: float = DAMP
     device: str = "cpu"
+    scope: str = "columns"
 
 
 def prune_with_feedback(
@@ -43,8 +47,8 @@ def prune_with_feedback(
 ) -> tuple[np.ndarray, float]:
     """The pruned matrix (rows, cols) float32, and its loss on the damped moments.
 
-    Exactly `zeros` weights are 0.0 afterwards, spread evenly over runs of columns, or with groups (N, M) all but N
-    of each M consecutive ones. Weights that are 0.0 already are the first to go.
+    Exactly `zeros` weights are 0.0 afterwards, spread as the scope says, or with groups (N, M) all but N of each M
+    consecutive ones. Weights that are 0.0 already are the first to go.
 
     Raises:
         NotPositive: the moments have no inverse.
@@ -80,14 +84,14 @@ def _swept(
     weights = torch.from_numpy(w.astype(np.float64)).to(how.device)
     gone = torch.from_numpy(w == 0).to(how.device)
     width = _width(cols, groups, layout)
-    total, done = 0.0, 0
+    total = 0.0
+    chosen = None if groups else _Chosen(weights, factor, gone, zeros, how.scope)
     found: list[Arrays] = []
     for first in range(0, cols, width):
         last = min(first + width, cols)
         run = _Run(weights[:, first:last], factor[first:last, first:last], gone[:, first:last])
-        if groups is None:
-            run.choose(max(0, round(zeros * last / cols) - done))
-            done += int(run.mask.sum())
+        if chosen:
+            run.mask = chosen.of(run, first, last)
         if layout is None:
             run.zero(groups)
         else:
@@ -95,6 +99,27 @@ def _swept(
         total += float(run.errors.square().sum())
         weights[:, last:].addmm_(run.errors, factor[first:last, last:], alpha=-1)
     return weights.float().cpu().numpy(), found, total
+
+
+class _Chosen:
+    """Which weights go, run by run: as many by the end of each as its share of the columns, `zeros` in all."""
+
+    def __init__(self, weights: torch.Tensor, factor: torch.Tensor, gone: torch.Tensor, zeros: int, scope: str) -> None:
+        rows, self._cols = weights.shape
+        self._by_row = scope == "row"
+        # What rows have to reach; a single entry stands for the whole run.
+        self._wanted = even_counts(rows, zeros) if self._by_row else np.array([zeros])
+        self._done = np.zeros_like(self._wanted)
+        self._whole = _Run(weights, factor, gone).lowest(np.array([zeros])) if scope == "tensor" else None
+
+    def of(self, run: _Run, first: int, last: int) -> torch.Tensor:
+        """The mask of a run that holds the columns from `first` to `last`."""
+        if self._whole is not None:
+            return self._whole[:, first:last]
+        counts = np.maximum(np.rint(self._wanted * last / self._cols).astype(np.int64) - self._done, 0)
+        mask = run.lowest(counts)
+        self._done += (mask.sum(dim=1) if self._by_row else mask.sum()).cpu().numpy()
+        return mask
 
 
 def _width(cols: int, groups: tuple[int, int] | None, layout: Layout | None) -> int:
@@ -117,22 +142,36 @@ class _Run:
         self.mask = torch.zeros_like(gone)
         self.errors = torch.empty_like(weights)
 
-    def choose(self, count: int, *, first: int = 0, group: tuple[int, int] | None = None) -> None:
-        """Mark the `count` cheapest weights of the run, or with `group` (N, M) those of M columns from `first` on."""
+    def lowest(self, counts: np.ndarray) -> torch.Tensor:
+        """Where the cheapest weights lie: `counts` (rows,) of each row, or (1,) of the whole run."""
+        scores = self._scores(0, self.weights.shape[1])
+        if len(counts) == len(scores) > 1:
+            mask = lowest_of_rows(scores, np.minimum(counts, scores.shape[1]))
+        else:
+            mask = lowest(scores, min(int(counts[0]), scores.size))
+        return self._with_known(mask, 0)
+
+    def choose(self, first: int, group: tuple[int, int]) -> None:
+        """Mark the cheapest weights of the group (N, M) of columns that begins at `first`."""
+        last = first + group[1]
+        self.mask[:, first:last] = self._with_known(lowest_in_groups(self._scores(first, last), *group), first)
+
+    def _scores(self, first: int, last: int) -> np.ndarray:
+        costs = (self.weights[:, first:last] / self.factor.diagonal()[first:last]).square()
+        return costs.masked_fill(self.gone[:, first:last], -1.0).cpu().numpy()
+
+    def _with_known(self, mask: np.ndarray, first: int) -> torch.Tensor:
+        """The mask, and what was zero before."""
         import torch
 
-        last = self.weights.shape[1] if group is None else first + group[1]
-        costs = (self.weights[:, first:last] / self.factor.diagonal()[first:last]).square()
-        known = self.gone[:, first:last].cpu().numpy()
-        scores = np.where(known, -1.0, costs.cpu().numpy())
-        chosen = lowest_in_groups(scores, *group) if group else lowest(scores, min(count, scores.size))
-        self.mask[:, first:last] = torch.from_numpy(chosen | known).to(self.mask.device)
+        found: torch.Tensor = torch.from_numpy(mask).to(self.gone.device) | self.gone[:, first : first + mask.shape[1]]
+        return found
 
     def zero(self, groups: tuple[int, int] | None) -> None:
         """Zero the marked weights column by column."""
         for j in range(self.weights.shape[1]):
             if groups is not None and j % groups[1] == 0:
-                self.choose(0, first=j, group=groups)
+                self.choose(j, groups)
             self._settle(j, self.weights[:, j].masked_fill(self.mask[:, j], 0.0))
 
     def round(self, layout: Layout, groups: tuple[int, int] | None, importance: np.ndarray) -> list[Arrays]:
@@ -141,8 +180,9 @@ class _Run:
         width = layout.block or columns
         found = []
         for start in range(0, columns, width):
-            for first in range(start, start + width, groups[1]) if groups else ():
-                self.choose(0, first=first, group=groups)
+            if groups:
+                for first in range(start, start + width, groups[1]):
+                    self.choose(first, groups)
             found.append(self._block(layout, start, start + width, importance[start : start + width]))
         return found
 

@@ -29,7 +29,7 @@ KL_PICTURE, LAYERS_PICTURE = "report.svg", "report-layers.svg"
 
 def render(report: Json) -> str:
     """Markdown of a report, ending in a newline."""
-    parts = [_headline(report), *_failures(report), _targets(report), *_integers(report)]
+    parts = [_headline(report), *_failures(report), *_warnings(report), _targets(report), *_integers(report)]
     if _kl_by_position(report):
         parts.append(f"![KL divergence by position]({KL_PICTURE})")
     for grid in layer_grids(report):
@@ -65,6 +65,12 @@ def _headline(report: Json) -> str:
     accepted = report.get("accepted_unproven") or []
     note = f" Accepted without proof: {', '.join(accepted)}." if accepted else ""
     return f"# The proof {verdict}\n\n{len(report['targets'])} artifacts, {said}.{note}"
+
+
+def _warnings(report: Json) -> list[str]:
+    """What the plan found to speak against taking weights from this model."""
+    lines = [f"- {_cell(text)}" for text in report.get("warnings", ())]
+    return ["## Before you rely on it", "\n".join(lines)] if lines else []
 
 
 def _failures(report: Json) -> list[str]:

@@ -99,7 +99,7 @@ class _Build:
             digests = self._digests(artifacts)
             proofs = Proofs(self.spool.through(plan.source), shop, self.log.folder / "proof")
             reports = [self._prove(proofs, artifact) for artifact in artifacts]
-        report = Report(self.stages, reports, environment(self.settings), self.settings.accept_unproven)
+        report = Report(self.stages, reports, environment(self.settings), self.settings.accept_unproven, plan.warnings)
         self._gate(report)
         with self.log.step("publish"):
             return self._publish(plan, artifacts, digests, report)

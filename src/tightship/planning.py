@@ -1,4 +1,7 @@
-"""What a build would do, from recipe and shapes alone; the run walks the same plan. Reads no weight data."""
+"""What a build would do, from recipe and shapes alone; the run walks the same plan.
+
+Reads no weight data, but for a sample of it that `preflight` warns by.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 
 from tightship.checkpoint import Checkpoint
 from tightship.errors import EnvironmentFailure, UsageError
+from tightship.preflight import warnings
 from tightship.recipe import Recipe
 from tightship.settings import Settings
 from tightship.stages import Stage, for_container, make_stages, outline, scheme_stage
@@ -41,6 +45,7 @@ class Plan:
         scratch_bytes: disk in the work directory: stored stages, solved integers, the proof's graphs.
         memory_bytes: upper estimate; `export` without, `proof` with the reference runs.
         notes: remarks for the user, complaints about order that were let through among them.
+        warnings: what speaks against taking weights from this model; the report repeats them.
     """
 
     recipe: Recipe
@@ -51,6 +56,7 @@ class Plan:
     scratch_bytes: int
     memory_bytes: dict[str, int]
     notes: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = field(default=())
 
     def hashed(self, progress: Progress) -> Plan:
         """With the digests of the source's files: what a run starts from."""
@@ -68,6 +74,7 @@ class Plan:
             "scratch_bytes": self.scratch_bytes,
             "memory_bytes": self.memory_bytes,
             "notes": list(self.notes),
+            "warnings": list(self.warnings),
         }
 
     def summary(self, *, verbose: bool = False) -> str:
@@ -91,6 +98,7 @@ class Plan:
             f"disk    {size(self.output_bytes)} of artifacts, up to {size(self.scratch_bytes)} in the work directory",
             f"memory  up to {size(self.memory_bytes['export'])} to export, {size(self.memory_bytes['proof'])} to prove",
         ]
+        lines += [f"warning {warning}" for warning in self.warnings]
         return "\n".join([*lines, *(f"note    {note}" for note in self.notes)])
 
 
@@ -161,6 +169,7 @@ def make_plan(recipe: Recipe, settings: Settings, *, progress: Progress = no_pro
         scratch_bytes=scratch,
         memory_bytes=_memory(source, proof.limits.memory_bytes if mapped else None),
         notes=tuple(notes),
+        warnings=warnings(source, {word for stage in stages for word in stage.work.makes}),
     )
 
 

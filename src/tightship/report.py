@@ -150,6 +150,7 @@ class Report:
     targets: list[TargetReport]
     environment: dict[str, Any]
     accepted_unproven: Sequence[str] = ()
+    warnings: Sequence[str] = ()
 
     def failures(self) -> list[Check]:
         """Checks that forbid publication, in order."""
@@ -172,4 +173,5 @@ class Report:
             "targets": [t.to_json() for t in self.targets],
             "environment": self.environment,
             "accepted_unproven": sorted(self.accepted_unproven),
+            "warnings": list(self.warnings),
         }

@@ -79,6 +79,33 @@ def test_wanda_zeroes_what_carries_least_in_each_row(ember: Checkpoint) -> None:
     np.testing.assert_array_equal(found, np.where(gone.numpy(), 0, w.numpy()).astype(np.float32))
 
 
+def test_wanda_over_whole_tensors_and_all_of_them(ember: Checkpoint) -> None:
+    """One threshold for every weight of a tensor, and one for all tensors, on what the unpruned model multiplies."""
+    moments = all_moments(ember, run_with(), set(matrices(ember)), calibration_windows(ember, run_with()))
+    scores = {n: np.abs(w) * np.sqrt(np.diagonal(moments[n].second)) for n, w in matrices(ember).items()}
+    found = matrices(Prune(method="wanda", sparsity=0.5, scope="tensor").apply(ember, run_with()))
+    first = "model.layers.0.self_attn.q_proj.weight"
+    wanted = scores[first] <= np.median(scores[first])
+    assert ((found[first] == 0) != wanted).sum() <= 2  # ties in float32
+    assert all((w == 0).sum() == w.size // 2 for w in found.values())
+    found = matrices(Prune(method="wanda", sparsity=0.5, scope="global").apply(ember, run_with()))
+    zeros = {name: int((w == 0).sum()) for name, w in found.items()}
+    assert sum(zeros.values()) == sum(w.size for w in found.values()) // 2
+    level = np.median(np.concatenate([score.reshape(-1) for score in scores.values()]))
+    assert all(abs(zeros[name] - (score <= level).sum()) <= 2 for name, score in scores.items())
+
+
+@pytest.mark.parametrize("scope", ["row", "tensor", "global"])
+def test_sparsegpt_in_other_scopes_is_exact_on_a_model(ember: Checkpoint, scope: str) -> None:
+    found = matrices(Prune(method="sparsegpt", sparsity=0.6, scope=scope).apply(ember, run_with()))
+    zeros = {name: int((w == 0).sum()) for name, w in found.items()}
+    assert sum(zeros.values()) == pytest.approx(0.6 * sum(w.size for w in found.values()), abs=len(zeros))
+    alike = {name: zeros[name] == round(0.6 * w.size) for name, w in found.items()}
+    assert all(alike.values()) is (scope != "global")
+    if scope == "row":
+        assert all(np.ptp((w == 0).sum(axis=1)) <= 1 for w in found.values())
+
+
 def test_the_more_a_method_knows_the_less_it_loses(ember: Checkpoint) -> None:
     yardsticks = {}
     for method in ("magnitude", "wanda", "sparsegpt"):
@@ -212,7 +239,9 @@ def test_an_encoder_without_a_vocabulary_has_no_gradients(tiny: Callable[[str], 
     ("options", "word"),
     [
         ({"method": "magnitude", "sparsity": 0.5, "schedule": "owl"}, "schedule"),
-        ({"method": "wanda", "sparsity": 0.5, "scope": "global"}, "scope"),
+        ({"method": "wanda", "sparsity": 0.5, "scope": "columns"}, "scope"),
+        ({"method": "wanda", "sparsity": 0.5, "scope": "global", "schedule": "owl"}, "scope"),
+        ({"method": "sparsegpt", "pattern": "2:4", "scope": "row"}, "scope"),
         ({"method": "wanda", "sparsity": 0.5, "damp": 0.1}, "damp"),
         ({"method": "sparsegpt", "sparsity": 0.5, "score": "kl"}, "score"),
         ({"method": "sparsegpt", "sparsity": 0.5, "schedule": "owl", "spread": 0.7}, "spread"),

@@ -39,6 +39,23 @@ def test_exactly_as_many_zeros_as_asked_for(zeros: int) -> None:
     assert (pruned == 0).sum() == zeros
 
 
+@pytest.mark.parametrize("zeros", [1, 1234, 3072, 6000])
+@pytest.mark.parametrize("scope", ["row", "tensor"])
+def test_other_scopes_hit_the_count_too(scope: str, zeros: int) -> None:
+    w, second = problem(cols=300)
+    w[:, 7] = 0
+    pruned, errors = prune_with_feedback(w, second, max(zeros, 24), Sweep(scope=scope))
+    assert (pruned == 0).sum() == max(zeros, 24)
+    damped = second + 0.01 * np.mean(np.diagonal(second)) * np.eye(len(second))
+    assert errors == pytest.approx(loss(pruned - w, damped), rel=1e-4)
+    rows = (pruned == 0).sum(axis=1)
+    if scope == "row":
+        assert rows.max() - rows.min() <= 1
+    elif zeros > 1000:
+        costs = w.astype(np.float64) ** 2 * column_costs(second)  # chosen before anything is updated
+        np.testing.assert_array_equal(pruned == 0, costs <= np.partition(costs.reshape(-1), zeros - 1)[zeros - 1])
+
+
 @pytest.mark.parametrize(("keep", "group"), [(2, 4), (1, 4), (4, 8), (3, 32)])
 def test_patterns_hold_in_every_group(keep: int, group: int) -> None:
     w, second = problem()
