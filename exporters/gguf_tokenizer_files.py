@@ -35,6 +35,7 @@ def tokenizer_files(metadata: Metadata) -> dict[str, bytes]:
     writers = {"gpt2": _byte_level, "llama": _sentence_piece, "bert": _word_piece, "t5": _unigram}
     if model not in writers:
         raise Unsupported(f"the GGUF tokenizer {model!r} cannot be turned into tokenizer.json")
+    metadata = {**_silent(metadata, model), **metadata}
     tokens, types = _tokens(metadata)
     table = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": _added(tokens, types)}
     table |= writers[model](metadata, tokens, types)
@@ -43,6 +44,17 @@ def tokenizer_files(metadata: Metadata) -> dict[str, bytes]:
     if isinstance(template, str):
         files["chat_template.jinja"] = template.encode()
     return files
+
+
+def _silent(metadata: Metadata, model: str) -> dict[str, Any]:
+    """What llama.cpp takes where a file of this kind says nothing."""
+    entry = gguf_vocab_bpe.named(metadata.get("tokenizer.ggml.pre", "default")) or {}
+    assumed = {
+        "llama": {"add_bos_token": True, "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0},
+        "t5": {"add_eos_token": True, "eos_token_id": 1, "unknown_token_id": 2, "padding_token_id": 0},
+        "gpt2": {"add_bos_token": bool(entry.get("bos"))},
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in assumed.get(model, {}).items()}
 
 
 def _tokens(metadata: Metadata) -> tuple[list[str], list[int]]:
@@ -112,7 +124,7 @@ def processor(before: list[str], after: list[str], tokens: list[str]) -> dict[st
 
 def _byte_level(metadata: Metadata, tokens: list[str], types: list[int]) -> dict[str, Any]:
     name = metadata.get("tokenizer.ggml.pre", "default")
-    entry = next((e for e in gguf_vocab_bpe.known() if e["pre"] == name), None)
+    entry = gguf_vocab_bpe.named(name)
     if entry is None:
         raise Unsupported(
             f"the pre-tokenizer {name!r} of this file has no structure in exporters/gguf_pretokenizers.json",

@@ -56,6 +56,11 @@ def known() -> tuple[Mapping[str, Any], ...]:
     return tuple(json.loads(text)["pre_tokenizers"])
 
 
+def named(name: str) -> Mapping[str, Any] | None:
+    """The entry that a file's `tokenizer.ggml.pre` stands for, if there is one."""
+    return next((entry for entry in known() if name in (entry["pre"], *entry.get("also", ()))), None)
+
+
 def pre_tokenizer(table: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
     """The entry whose cuts, normalizer and handling of whole words are those of tokenizer.json, and notes.
 

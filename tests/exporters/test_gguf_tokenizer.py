@@ -84,6 +84,42 @@ def test_every_known_pre_tokenizer(entry: dict[str, Any], train: Callable, strin
     compare(checkpoint, strings, tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", [e for e in gguf_vocab_bpe.known() if "also" in e], ids=lambda e: e["pre"])
+def test_other_names_of_a_pre_tokenizer(
+    entry: dict[str, Any], train: Callable, strings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp gives the same ids whichever of the names the file says."""
+    folder = train(gguf_vocab_bpe.pre_tokenizer_json(entry["cuts"]), ignore_merges=entry["ignore_merges"])
+    checkpoint = with_tokenizer(folder)
+    texts = [text for text in strings if not has(text, "M")][::20]
+    for name in entry["also"]:
+        monkeypatch.setattr(gguf_vocab_bpe, "known", lambda name=name: ({**entry, "pre": name},))
+        (tmp_path / name).mkdir()
+        compare(checkpoint, texts, tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("model", "pre", "said", "expected"),
+    [
+        ("gpt2", "llama-bpe", {}, True),
+        ("gpt2", "llama3", {}, True),
+        ("gpt2", "llama-bpe", {"add_bos_token": False}, False),
+        ("gpt2", "qwen2", {}, False),
+        ("gpt2", None, {}, False),
+        ("llama", None, {}, True),
+    ],
+)
+def test_what_a_silent_file_means(model: str, pre: str | None, said: dict[str, bool], expected: bool) -> None:
+    """llama-vocab.cpp: pre-tokenizers of Llama 3's kind and SentencePiece put BOS in front unless told."""
+    metadata = {"tokenizer.ggml.model": model, "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "a"]}
+    metadata |= {"tokenizer.ggml.merges": [], "tokenizer.ggml.scores": [0.0] * 4, "tokenizer.ggml.bos_token_id": 1}
+    metadata |= {f"tokenizer.ggml.{key}": value for key, value in said.items()}
+    files = tokenizer_files(metadata | ({} if pre is None else {"tokenizer.ggml.pre": pre}))
+    assert json.loads(files["tokenizer_config.json"])["add_bos_token"] is expected
+    assert (json.loads(files["tokenizer.json"])["post_processor"] is not None) is expected
+
+
 def has(text: str, category: str) -> bool:
     return any(unicodedata.category(c).startswith(category) for c in text)
 
