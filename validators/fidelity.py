@@ -158,7 +158,7 @@ def failed_run(run: Run, target: str, error: RuntimeDied | RuntimeMissing | Valu
 def storage_word(plan: TargetPlan, checkpoint: Checkpoint, run: Run) -> str:
     """The word under which `tolerances.toml` files this run; `gelu` where llama.cpp reads GELU from its table."""
     scheme = plan.target.scheme or ""
-    if run.runtime == "llama.cpp" and run.kind == "graph" and "gelu" in str(checkpoint.hyper.get("activation", "")):
+    if run.runtime == "llama.cpp" and run.kind == "graph" and "gelu" in _activation(checkpoint):
         return GELU
     said = (
         checkpoint.activations and run.runtime != "llama.cpp"
@@ -166,6 +166,12 @@ def storage_word(plan: TargetPlan, checkpoint: Checkpoint, run: Run) -> str:
     if said or scheme.startswith(("int8-dynamic", "int8-static")):
         return "activations"
     return storage_of(plan)
+
+
+def _activation(checkpoint: Checkpoint) -> str:
+    """config.json's word, or, of a family that has one only, what llama.cpp computes for it."""
+    computed = (checkpoint.architecture.gguf or {}).get("activation") or [""]
+    return str(checkpoint.hyper.get("activation", computed[0]))
 
 
 def compare(reference: Outputs, outputs: Outputs, windows: TextWindows) -> dict[str, Any]:
