@@ -9,10 +9,12 @@ Weights stay as they are; config.json says the window, in the words that the fam
 | qwen2, qwen3 and their mixtures       | use_sliding_window, sliding_window, max_window_layers; layer_types: all     |
 | gemma2, gemma3                        | sliding_window; layer_types: all                                            |
 | longformer                            | attention_window of every layer (its tokens look half a window either way)  |
+| bert, roberta                         | becomes longformer (`longformer.py`)                                        |
 
 Other families have no word for it and are refused. GGUF holds the result where llama.cpp's loader reads a window, and
-is refused by its exporter elsewhere, unless the target's `context` is no longer than the window. Which tokens are
-global is an input of Longformer at run time (its classifiers choose the first), not something a checkpoint can say.
+is refused by its exporter elsewhere, unless the target's `context` is no longer than the window. Global tokens are a
+matter of encoders: Longformer's classifiers choose the first (`global_tokens: 1`), its other classes read an input at
+run time, which a checkpoint cannot say.
 """
 
 from __future__ import annotations
@@ -25,32 +27,41 @@ from tightship.architecture import architecture_for
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported, UsageError
 from tightship.passes.base import Pass, Run
+from tightship.passes.longformer import as_longformer
 
 _PLAIN = ("mistral", "mixtral", "phi3", "starcoder2")
 _BY_LAYER = ("gemma2", "gemma3_text")
+_ENCODERS = ("bert", "roberta")
 _QWEN = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Window(Pass):
-    """`size`: tokens that a token sees, itself included."""
+    """`size`: tokens that a token sees, itself included. `global_tokens`: how many of an encoder's see everything."""
 
     name: ClassVar[str] = "window"
     per_tensor: ClassVar[bool] = True
 
     size: int
+    global_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise UsageError(f"window: size is at least 1 token, found {self.size}")
 
     def requires(self, checkpoint: Checkpoint) -> None:
-        windowed_config(checkpoint.config, int(checkpoint.hyper["layers"]), self.size)
+        self.outline(checkpoint)
 
     def apply(self, checkpoint: Checkpoint, run: Run) -> Checkpoint:  # noqa: ARG002
         return self.outline(checkpoint)
 
     def outline(self, checkpoint: Checkpoint) -> Checkpoint:
+        if checkpoint.architecture.family in _ENCODERS:
+            return as_longformer(checkpoint, self.size, self.global_tokens)
+        if self.global_tokens:
+            raise Unsupported(
+                f"window: a {checkpoint.architecture.family} model has no global tokens", hint="bert and roberta have"
+            )
         config = windowed_config(checkpoint.config, int(checkpoint.hyper["layers"]), self.size)
         return checkpoint.replace(config=config, architecture=architecture_for(config))
 
@@ -77,7 +88,7 @@ def windowed_config(config: Mapping[str, Any], layers: int, size: int) -> dict[s
     elif family not in _PLAIN:
         raise Unsupported(
             f"window: a {family} model has no word for a sliding window in its config.json",
-            hint=f"families that have: llama, {', '.join((*_PLAIN, *_QWEN, *_BY_LAYER))}, longformer",
+            hint=f"families that have: llama, {', '.join((*_PLAIN, *_QWEN, *_BY_LAYER, *_ENCODERS))}, longformer",
         )
     return {**config, **changed}
 
