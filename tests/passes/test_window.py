@@ -90,6 +90,10 @@ def test_families_without_a_word_for_it_are_refused(tiny: Tiny) -> None:
     for family in ("distilbert", "gpt2", "opt"):
         with pytest.raises(Unsupported, match="no word for a sliding window"):
             windowed(tiny(family), 8)
+    with pytest.raises(Unsupported, match="another base"):
+        windowed(tiny("gemma3"), 8)
+    with pytest.raises(Unsupported, match="lists no sliding layers"):
+        pass_for("window", {"size": 8, "layers": "listed"}).requires(tiny("llama"))
     with pytest.raises(UsageError, match="size"):
         pass_for("window", {"size": 0})
 
