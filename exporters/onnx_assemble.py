@@ -9,6 +9,7 @@ import numpy as np
 
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Malformed, Unsupported
+from tightship.exporters.onnx_activations import in_integers
 from tightship.exporters.onnx_candidates.skeleton import Skeleton
 from tightship.exporters.onnx_emit import Emitter
 from tightship.exporters.onnx_storage import Style
@@ -44,7 +45,7 @@ def write_graph(
             f"the graph does not read {len(dropped)} stored tensors: {', '.join(dropped[:8])}", tensor=dropped[0]
         )
     graph = skeleton.model.graph
-    emitter = Emitter(graph, style, checkpoint.activations)
+    emitter = Emitter(graph, style, in_integers(checkpoint))
     written: dict[str, int] = {}
     for unit in units_of(skeleton, checkpoint):
         first = len(emitter.initializers)

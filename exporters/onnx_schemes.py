@@ -28,6 +28,7 @@ from typing import Any
 
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported, UsageError
+from tightship.exporters.onnx_activations import in_integers
 from tightship.exporters.onnx_storage import Style, by_channel
 from tightship.formats.layouts import parse_layout
 from tightship.layout import Layout
@@ -39,7 +40,7 @@ INTEGERS = ("int4", "int8", "int2")
 DYNAMIC = "int8-dynamic"
 STATIC = "int8-static"
 ROUNDED = {STATIC: "int8-static-asym"}  # scheme -> the word for its activations
-_WORDS = ("int8-dynamic", "int8-static", "int8-static-asym")  # for activations
+_WORDS = (DYNAMIC, "int8-static", "int8-static-asym")  # for activations
 OPTIONS = ("profile", "layout", "include", "accuracy_level", "folder", "shapes")
 PORTABLE = "-portable"
 FIXABLE = ("batch_size", "sequence_length")
@@ -62,10 +63,11 @@ def style_for(checkpoint: Checkpoint, target: Target) -> Style:
     """The same for one checkpoint: inputs of matrices are rounded in the graph as a pass has said.
 
     Raises:
-        Unsupported: activations that no kernel of ONNX Runtime rounds as they are meant.
+        Unsupported: 8-bit activations of a matrix that the integer kernel does not take.
     """
-    style = dataclasses.replace(style_of(target), rounded=bool(checkpoint.activations))
-    for module, activations in checkpoint.activations.items():
+    inputs = in_integers(checkpoint)
+    style = dataclasses.replace(style_of(target), rounded=bool(inputs))
+    for module, activations in inputs.items():
         if activations.scheme not in _WORDS:
             raise Unsupported(
                 f"ONNX has no {activations.scheme} activations",

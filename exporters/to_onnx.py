@@ -14,6 +14,7 @@ from pathlib import Path
 from tightship.checkpoint import Checkpoint
 from tightship.errors import GateFailed, Unsupported, UsageError
 from tightship.exporters.genai_config import Cache, fits, genai_config
+from tightship.exporters.onnx_activations import left_in_float32
 from tightship.exporters.onnx_assemble import write_graph
 from tightship.exporters.onnx_candidates import candidates
 from tightship.exporters.onnx_candidates.fused import shares_cache
@@ -21,7 +22,7 @@ from tightship.exporters.onnx_candidates.graph_edits import fix_axes
 from tightship.exporters.onnx_candidates.skeleton import Choice, Judge, Skeleton, outputs_of
 from tightship.exporters.onnx_schemes import PORTABLE, ROUNDED, fixed_shapes, layouts_of, style_for, style_of
 from tightship.exporters.onnx_speed import speed_notes
-from tightship.exporters.onnx_storage import storage
+from tightship.exporters.onnx_storage import IN_FLOAT32, storage
 from tightship.exporters.onnx_units import left_out
 from tightship.layout import Layout
 from tightship.target import Exported, Progress, Refused, Target, TargetPlan, TensorPlan, no_progress, sorted_files
@@ -74,7 +75,7 @@ class OnnxExporter:
             tensors.append(TensorPlan(name, name, tuple(weight.shape), word, answer.storage, answer.nbytes, reason))
         total = sum(t.nbytes for t in tensors)
         multiplied = speed_notes(t.storage for t in tensors if t.name not in tables)
-        notes = (*_notes(tensors), *multiplied, *_omissions(needless))
+        notes = (*_notes(tensors), *multiplied, *left_in_float32(checkpoint), *_omissions(needless))
         if not fits(checkpoint):
             notes = (*notes, "no genai_config.json: onnxruntime-genai has one number of key heads for all layers")
         return TargetPlan(target, tuple(tensors), total, notes)
@@ -175,6 +176,9 @@ def _notes(tensors: list[TensorPlan]) -> tuple[str, ...]:
     narrow = sorted({t.storage for t in tensors if t.storage in ("FLOAT16", "BFLOAT16")})
     if narrow:
         notes.append(f"{' and '.join(narrow)} tensors are widened to float32 when ONNX Runtime loads them")
+    tables = sum(t.storage.endswith(IN_FLOAT32) for t in tensors)
+    if tables:
+        notes.append(f"{tables} matrices are small in the file alone: loaded, they take the memory and time of float32")
     return tuple(notes)
 
 

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tightship.activations import scheme_of
 from tightship.checkpoint import Checkpoint
 from tightship.exporters.genai_config import fits
 from tightship.report import Check, judge, not_run
@@ -160,9 +161,9 @@ def storage_word(plan: TargetPlan, checkpoint: Checkpoint, run: Run) -> str:
     scheme = plan.target.scheme or ""
     if run.runtime == "llama.cpp" and run.kind == "graph" and "gelu" in _activation(checkpoint):
         return GELU
-    said = (
-        checkpoint.activations and run.runtime != "llama.cpp"
-    )  # which has no place for them, and rounds in its own way
+    said = set() if run.runtime == "llama.cpp" else {a.scheme for a in checkpoint.activations.values()}
+    if plan.target.container == "onnx":  # it rounds to integers alone
+        said = {word for word in said if scheme_of(word).numbers == "int8"}
     if said or scheme.startswith(("int8-dynamic", "int8-static")):
         return "activations"
     return storage_of(plan)

@@ -8,7 +8,7 @@ identity in ONNX Runtime (a lookup is fed every index): what comes out is the ma
 | NAME                                        | floats; turned where a MatMul reads them as (in, out)    |
 | NAME.B, .scales, .zero_points, .offsets     | com.microsoft.MatMulNBits, plus block sums times offsets |
 | NAME.codes, .scales, .zero_points, .offsets | DequantizeLinear and MatMul                             |
-| NAME.codes, .table                          | Cast, Gather and MatMul                                 |
+| NAME.codes, .table, .scales, .divisor       | Cast, Gather, Mul, Div and MatMul                       |
 | the same behind a lookup                    | GatherBlockQuantized, or Gathers and DequantizeLinear   |
 | NAME.lookup.codes, ...                      | the same bytes, two 4-bit codes to a UINT8              |
 | NAME.rows{a}-{b}*                           | rows a to b of the weight                               |
@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 
 from tightship.checkpoint import Checkpoint
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
 
 Rows = tuple[int, int] | None
 _LOOKUP = "lookup."
-_OPERANDS = ("B", "codes", "scales", "zero_points", "offsets", "table")
+_FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
+_NOTHING = np.empty(0)
+_OPERANDS = ("B", "codes", "scales", "zero_points", "offsets", "table", "divisor")
 
 
 class OnnxStored:
@@ -100,8 +103,8 @@ class OnnxStored:
         arrays = {key: self.graph.array(tensor) for key, tensor in operands.items() if not key.startswith(_LOOKUP)}
         if not arrays:
             arrays = self._looked_up({key.removeprefix(_LOOKUP): tensor for key, tensor in operands.items()})
-        if "table" in arrays:
-            return Piece(arrays["codes"].T, np.ones((), np.float32), table=arrays["table"])
+        if "table" in arrays or arrays.get("codes", _NOTHING).dtype == _FLOAT8:
+            return self._valued(operands, arrays, cols)
         if "codes" not in arrays:
             arrays = self._unpacked(operands["B"].name, arrays)
         elif arrays["scales"].ndim == 1:  # one for each row of the weight, which is a column of the turned codes
@@ -113,6 +116,18 @@ class OnnxStored:
         wide = {key: np.repeat(a, block, axis=1)[:, :cols] for key, a in arrays.items() if key != "codes"}
         zero = wide["zero_points"].astype(np.int32) if "zero_points" in wide else np.int32(0)
         return Piece(codes - zero, wide["scales"], wide.get("offsets"))
+
+    def _valued(self, operands: Mapping[str, onnx.TensorProto], arrays: dict[str, np.ndarray], cols: int) -> Piece:
+        """Codes that stand for values of a table, or are FLOAT8 themselves: not-a-number counts as infinity."""
+        codes, table = arrays["codes"].T, arrays.get("table")
+        if table is None:
+            codes, every = codes.view(np.uint8), np.arange(256, dtype=np.uint8).view(_FLOAT8).astype(np.float32)
+            table = np.where(np.isnan(every), np.float32(np.inf), every)
+        if "scales" not in arrays:
+            return Piece(codes, np.ones((), np.float32), table=table)
+        scales = arrays["scales"].T.astype(np.float32) / arrays.get("divisor", np.float32(1))
+        places = self.graph.places(operands["scales"].name)
+        return Piece(codes, scales if places is None else scales[:, places[:cols]], table=table)
 
     def _looked_up(self, operands: Mapping[str, onnx.TensorProto]) -> dict[str, np.ndarray]:
         """Operands of a lookup: codes (cols, rows), the others (blocks, rows)."""
