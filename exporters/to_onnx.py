@@ -77,7 +77,7 @@ class OnnxExporter:
         multiplied = speed_notes(t.storage for t in tensors if t.name not in tables)
         notes = (*_notes(tensors), *multiplied, *left_in_float32(checkpoint), *_omissions(needless))
         if not fits(checkpoint):
-            notes = (*notes, "no genai_config.json: onnxruntime-genai has one number of key heads for all layers")
+            notes = (*notes, "no genai_config.json: onnxruntime-genai wants keys of one number of heads in all layers")
         return TargetPlan(target, tuple(tensors), total, notes)
 
     def export(

@@ -30,7 +30,7 @@ _GGUF_KEYS = {
     "attention.head_count": "heads",
     "attention.head_count_kv": "kv_heads",
     "attention.key_length": "head_dim",
-    "attention.value_length": "head_dim",
+    "attention.value_length": "v_dim",
     "expert_count": "experts",
 }
 # Keys that exporters may write anew in config.json; every other key is the checkpoint's.
@@ -151,7 +151,9 @@ def _gguf_config(checkpoint: Checkpoint, path: Path) -> Iterator[Fault]:
     reader = GGUFReader(path)
     fields = {key: field.contents() for key, field in reader.fields.items()}
     arch = fields.get("general.architecture")
-    hyper = checkpoint.hyper
+    hyper = dict(checkpoint.hyper)
+    if "head_dim" in hyper:
+        hyper.setdefault("v_dim", hyper["head_dim"])
     for key, name in _GGUF_KEYS.items():
         found, wanted = fields.get(f"{arch}.{key}"), hyper.get(name)
         if isinstance(found, list) and name in hyper:  # one a layer

@@ -27,6 +27,7 @@ class Sight:
         chosen: (batch, sequence) bool, global tokens, or None.
         everything: the mask of global tokens.
         rows: (sequence, sequence) rows of a table of distances, or None.
+        kept: (batch, sequence, 1) float, 1 for tokens that are no padding, for blocks with a recurrence.
     """
 
     mask: ir.Value | None
@@ -35,6 +36,7 @@ class Sight:
     chosen: ir.Value | None = None
     everything: ir.Value | None = None
     rows: ir.Value | None = None
+    kept: ir.Value | None = None
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,7 @@ FAMILIES = {
     "olmo": Family(norm="layer", bare_norms=True),
     "smollm3": Family(rotated="no_rope_layers"),
     "glm4": Family(interleaved=True),
+    "mamba": Family(),
     "deepseek_v2": Family(
         interleaved=True,
         routing=Routing(

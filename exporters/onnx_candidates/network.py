@@ -227,6 +227,14 @@ class Network(GraphBuilder):
         names = (f"present.{block}.key", f"present.{block}.value")
         self._present += zip(names, grown, self._cache[block], strict=True)
 
+    def state(self, block: int, word: str, size: Sequence[int]) -> ir.Value:
+        """A state of fixed size of a block, (batch, *size), as it comes in."""
+        return self.input(f"past_{word}.{block}", (BATCH, *size), FLOAT)
+
+    def keep_state(self, block: int, word: str, value: ir.Value, size: Sequence[int]) -> None:
+        """The same as it goes out."""
+        self._present.append((f"present_{word}.{block}", value, (BATCH, *size)))
+
     def present(self) -> None:
         """Make the grown cache an output."""
         for name, value, axes in self._present:

@@ -96,6 +96,14 @@ def kept_keys(net: Network, mask: ir.Value) -> ir.Value:
     return net.op("Cast", net.op("Unsqueeze", mask, net.integers(1, 2)), to=BOOL)
 
 
+def kept_tokens(net: Network, ids: ir.Value, mask: ir.Value) -> ir.Value:
+    """(batch, sequence, 1) float: 1 for tokens that are no padding, from the mask's last places."""
+    total = net.op("Shape", mask, start=1, end=2)
+    first = net.op("Sub", total, net.op("Shape", ids, start=1, end=2))
+    new = net.op("Slice", mask, first, total, net.integers(1))
+    return net.op("Unsqueeze", net.op("Cast", new, to=FLOAT), net.integers(2))
+
+
 def hidden_where_not(net: Network, seen: ir.Value) -> ir.Value:
     """0 where true, LOWEST where false: what is added to scores."""
     return net.op("Where", seen, net.number(0.0), net.number(LOWEST))

@@ -9,11 +9,13 @@
 | global_attention_mask            | int64 | (batch_size, sequence_length), Longformer              |
 | pixel_values                     | float | (batch_size, channels, height, width)                  |
 | past_key_values.{i}.key, .value  | float | (batch_size, kv_heads, past_sequence_length, head_dim) |
+| past_conv.{i}, past_ssm.{i}      | float | (batch_size, fixed, fixed), in the place of keys       |
 
 | graph output                     | tasks                          | shape                                           |
 |----------------------------------|--------------------------------|-------------------------------------------------|
 | logits                           | text-generation, fill-mask     | (batch_size, sequence_length, vocabulary)       |
 | present.{i}.key, .value          | text-generation                | (batch_size, kv_heads, total, head_dim)         |
+| present_conv.{i}, present_ssm.{i} | text-generation               | those of the past                               |
 | last_hidden_state                | feature-extraction, fill-mask  | (batch_size, sequence_length, hidden)           |
 | logits                           | text-, token-classification    | (batch_size[, sequence_length], labels)         |
 | logits                           | image-classification           | (batch_size, labels)                            |

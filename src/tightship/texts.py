@@ -6,6 +6,7 @@ the special tokens that the tokenizer itself puts around a text (`<s>`, `[CLS] .
 
 from __future__ import annotations
 
+import inspect
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -96,6 +97,7 @@ def generated_windows(view: ModelView, *, tokens: int, sequence: int, seed: int)
 
     Raises:
         Unsupported: not a text-generation model.
+        Malformed: its beginning-of-text token is no token.
     """
     checkpoint = view.checkpoint
     if checkpoint.architecture.task != "text-generation":
@@ -109,6 +111,11 @@ def generated_windows(view: ModelView, *, tokens: int, sequence: int, seed: int)
     first = checkpoint.config.get("bos_token_id")
     first = first[0] if isinstance(first, list) else first
     vocabulary = int(checkpoint.hyper["vocab"])
+    if first is not None and not 0 <= int(first) < vocabulary:
+        raise Malformed(
+            f"config.json: bos_token_id is {first}, the vocabulary has {vocabulary} tokens",
+            hint="give the token that texts begin with, or null",
+        )
     starts = rng.integers(0, vocabulary, rows) if first is None else np.full(rows, int(first))
     parts = [_sample(view, starts[i : i + _ROWS_AT_ONCE], length, rng) for i in range(0, rows, _ROWS_AT_ONCE)]
     return tuple(np.concatenate(parts))
@@ -119,14 +126,14 @@ def _sample(view: ModelView, starts: np.ndarray, length: int, rng: np.random.Gen
     import torch
 
     module = view.module()
+    past = "cache_params" if "cache_params" in inspect.signature(module.forward).parameters else "past_key_values"
     ids = np.asarray(starts, np.int64).reshape(-1, 1)
     cache: Any = None
     with view.computing():
         while ids.shape[1] < length:
-            # A model without a cache of keys (Mamba) reads everything again.
             read = torch.from_numpy(ids if cache is None else ids[:, -1:]).to(view.device)
-            found = module(input_ids=read, past_key_values=cache, use_cache=True)
-            cache = found.get("past_key_values")
+            found = module(input_ids=read, use_cache=True, **{past: cache})
+            cache = found.get(past)
             logits = found.logits[:, -1].double().cpu().numpy()
             weights = np.cumsum(np.exp(logits - logits.max(axis=1, keepdims=True)), axis=1)
             draws = rng.random(len(ids)) * weights[:, -1]

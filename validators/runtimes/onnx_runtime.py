@@ -122,8 +122,8 @@ class Graph:
         self.session = session
         self.inputs = {i.name: i for i in session.get_inputs()}
         self.names = [o.name for o in session.get_outputs()]
-        self.past = [name for name in self.inputs if name.startswith("past_key_values.")]
-        self.present = [re.sub(r"^past_key_values", "present", name) for name in self.past]
+        self.past = [name for name in self.inputs if name.startswith("past_")]
+        self.present = [re.sub(r"^past(_key_values)?", "present", name) for name in self.past]
         missing = [name for name in self.present if name not in self.names]
         if missing:
             raise Malformed(f"the graph takes a past but gives no {missing[0]}")
@@ -178,13 +178,15 @@ class Graph:
         return self._step(self._complete(arrays), past)
 
     def empty_past(self, batch: int) -> Arrays:
-        """A cache of length 0; heads and their size are static in the graph."""
+        """A cache of no tokens: keys and values of length 0, states of fixed size as zeros."""
         found = {}
         for name in self.past:
-            _, heads, _, size = self.inputs[name].shape
-            if not (isinstance(heads, int) and isinstance(size, int)):
-                raise Malformed(f"{name} must have a fixed number and size of heads, found {self.inputs[name].shape}")
-            found[name] = np.zeros((batch, heads, 0, size), _TYPES[self.inputs[name].type])
+            sizes = list(self.inputs[name].shape[1:])
+            if name.startswith("past_key_values."):  # heads, length, size
+                sizes[1] = 0
+            if not all(isinstance(size, int) for size in sizes):
+                raise Malformed(f"{name} must be fixed but for batch and length, found {self.inputs[name].shape}")
+            found[name] = np.zeros((batch, *sizes), _TYPES[self.inputs[name].type])
         return found
 
     def _complete(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
