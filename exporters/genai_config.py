@@ -33,7 +33,9 @@ class Cache:
 
 
 def fits(checkpoint: Checkpoint) -> bool:
-    """Whether the file can describe the model: it has one number of key heads for all layers."""
+    """Whether the file can describe the model: its past is keys and values, of one number of heads for all layers."""
+    if checkpoint.architecture.recurrent:
+        return False
     return not has_unlike_layers(checkpoint.config) or len(set(checkpoint.widths("kv_heads"))) == 1
 
 

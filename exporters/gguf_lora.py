@@ -37,6 +37,7 @@ from tightship.weights import Alias, Dense, Sum
 
 ADAPTER = "adapter.gguf"
 RESIDUAL = "residual.gguf"
+NO_MODELS = (ADAPTER, RESIDUAL, "imatrix.gguf")  # GGUF files that lie beside the model
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 _REFUSED = {
     "use_dora": "llama.cpp has no DoRA",

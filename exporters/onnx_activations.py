@@ -7,16 +7,19 @@
 
 By token, x / s has its largest magnitude at 127 and s goes behind the product: what is left in front of the matrix has
 one scale, which is what ONNX Runtime's integer kernel (MatMulIntegerToFloat) takes. Codes are unsigned about 128, the
-same numbers: signed ones do not reach the kernel where several matrices share them.
+same numbers: signed ones do not reach the kernel where several matrices share them. Activations in floats of 8 and 4
+bits have no kernel: they stay float32, and the plan says so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tightship.activations import Activations
+from tightship.activations import Activations, scheme_of
+from tightship.checkpoint import Checkpoint
 from tightship.exporters.onnx_nodes import NodeWriter
 
 if TYPE_CHECKING:
@@ -25,6 +28,18 @@ if TYPE_CHECKING:
 _LARGEST = 127
 _ZERO = 128
 _TINY = np.float32(2.0**-100)  # the scale of a token of zeros
+
+
+def in_integers(checkpoint: Checkpoint) -> Mapping[str, Activations]:
+    """The activations that the graph rounds, by module."""
+    return {module: a for module, a in checkpoint.activations.items() if scheme_of(a.scheme).numbers == "int8"}
+
+
+def left_in_float32(checkpoint: Checkpoint) -> list[str]:
+    """A sentence about activations that a pass or the source rounds and the graph does not."""
+    others = checkpoint.activations.keys() - in_integers(checkpoint).keys()
+    words = sorted({checkpoint.activations[module].scheme for module in others})
+    return [f"{', '.join(words)} activations stay float32: ONNX Runtime has no kernel for them"] if words else []
 
 
 def in_fixed_range(writer: NodeWriter, x: ir.Value, module: str, fixed: Activations) -> ir.Value:

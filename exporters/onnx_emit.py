@@ -12,8 +12,7 @@ from tightship.exporters.onnx_lookups import contrib_rows, standard_rows, views
 from tightship.exporters.onnx_nodes import NodeWriter, rank_of
 from tightship.exporters.onnx_storage import Style, blocked_of, by_channel, dense_initializer, operand_initializers
 from tightship.exporters.onnx_units import Unit, Use
-from tightship.formats.layouts.codebook import Codebook
-from tightship.formats.packings import matmul_nbits
+from tightship.formats.packings import matmul_nbits, onnx_table
 from tightship.formats.packings.matmul_nbits import NBits
 from tightship.target import Refused
 from tightship.weights import Dense, Factored, Quantized, Stored
@@ -108,11 +107,9 @@ class Emitter(NodeWriter):
     ) -> ir.Value:
         if by_channel(weight, self.style) and not table:
             return self._integer_product(x, name, weight, nodes)
+        if onnx_table.fits(weight.layout):
+            return self.append(nodes, "MatMul", [x, self._out_of_table(name, weight, nodes)])
         operands = self._operands(name, weight, table=table)
-        if isinstance(weight.layout, Codebook):
-            index = self.append(nodes, "Cast", [operands["codes"]], {"to": _INT32})
-            dense = self.append(nodes, "Gather", [operands["table"], index], {"axis": 0})
-            return self.append(nodes, "MatMul", [x, dense])
         offsets = operands.pop("offsets", None)
         spec = nbits_of(weight)
         if self.style.portable:
@@ -128,6 +125,25 @@ class Emitter(NodeWriter):
         if offsets is None:
             return product
         return self.append(nodes, "Add", [product, self._minimum(x, offsets, spec, nodes)])
+
+    def _out_of_table(self, name: str, weight: Quantized, nodes: list[ir.Node]) -> ir.Value:
+        """The matrix (in, out) in float32, from initializers alone."""
+        operands = self._operands(name, weight)
+        if "table" in operands:
+            index = self.append(nodes, "Cast", [operands["codes"]], {"to": _INT32})
+            found = self.append(nodes, "Gather", [operands["table"], index], {"axis": 0})
+        else:
+            found = self.append(nodes, "Cast", [operands["codes"]], {"to": _FLOAT})
+        if "scales" in operands:
+            places = onnx_table.block_of_column(weight.layout, weight.shape[1])
+            scales = operands["scales"]
+            if _is_narrow(scales):
+                scales = self.append(nodes, "Cast", [scales], {"to": _FLOAT})
+            if places.any():
+                key = f"blocks_{len(places)}_{onnx_table.group_of(weight.layout)}"
+                scales = self.append(nodes, "Gather", [scales, self.number(key, places)], {"axis": 0})
+            found = self.append(nodes, "Mul", [found, scales])
+        return self.append(nodes, "Div", [found, operands["divisor"]]) if "divisor" in operands else found
 
     def _integer_product(self, x: ir.Value, name: str, weight: Quantized, nodes: list[ir.Node]) -> ir.Value:
         """x rounded to 8 bits, times a matrix with one scale a row."""

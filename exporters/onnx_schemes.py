@@ -28,7 +28,7 @@ from typing import Any
 
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported, UsageError
-from tightship.exporters.onnx_candidates.skeleton import DECODER_TASKS, SEQ2SEQ
+from tightship.exporters.onnx_activations import in_integers
 from tightship.exporters.onnx_storage import Style, by_channel
 from tightship.formats.layouts import parse_layout
 from tightship.layout import Layout
@@ -40,7 +40,7 @@ INTEGERS = ("int4", "int8", "int2")
 DYNAMIC = "int8-dynamic"
 STATIC = "int8-static"
 ROUNDED = {STATIC: "int8-static-asym"}  # scheme -> the word for its activations
-_WORDS = ("int8-dynamic", "int8-static", "int8-static-asym")  # for activations
+_WORDS = (DYNAMIC, "int8-static", "int8-static-asym")  # for activations
 OPTIONS = ("profile", "layout", "include", "accuracy_level", "folder", "shapes")
 PORTABLE = "-portable"
 FIXABLE = ("batch_size", "sequence_length")
@@ -63,10 +63,11 @@ def style_for(checkpoint: Checkpoint, target: Target) -> Style:
     """The same for one checkpoint: inputs of matrices are rounded in the graph as a pass has said.
 
     Raises:
-        Unsupported: activations that no kernel of ONNX Runtime rounds as they are meant.
+        Unsupported: 8-bit activations of a matrix that the integer kernel does not take.
     """
-    style = dataclasses.replace(style_of(target), rounded=bool(checkpoint.activations))
-    for module, activations in checkpoint.activations.items():
+    inputs = in_integers(checkpoint)
+    style = dataclasses.replace(style_of(target), rounded=bool(inputs))
+    for module, activations in inputs.items():
         if activations.scheme not in _WORDS:
             raise Unsupported(
                 f"ONNX has no {activations.scheme} activations",
@@ -146,7 +147,7 @@ def fixed_shapes(checkpoint: Checkpoint, target: Target) -> dict[str, int]:
         Unsupported: for a decoder, whose cache grows with every token, or a length that the model has no positions for.
     """
     sizes = dict(_options(target).get("shapes", {}))
-    if sizes and checkpoint.architecture.task in (*DECODER_TASKS, SEQ2SEQ):
+    if sizes and checkpoint.architecture.task == "text-generation":
         raise Unsupported(
             "fixed shapes are for encoders and images: a decoder's cache grows with every token",
             hint="leave `shapes` out; a session may fix an axis with add_free_dimension_override_by_name",

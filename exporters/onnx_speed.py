@@ -1,6 +1,6 @@
 """What `plan` says of speed before anything is built: the kernels behind a storage, against a float32 MatMul.
 
-Figures are those of benchmarks/results/onnx_kernels.md (accuracy level 4, one thread, AVX-512 VNNI), rounded: how many
+Figures are those of benchmarks/results/onnx_kernels.md (accuracy level 4, one thread, AVX2), rounded: how many
 times as fast one row (a token that is decoded) and 128 rows (a prompt) are multiplied. Other processors differ:
 `tightship bench` measures the artifact itself.
 """
@@ -12,19 +12,19 @@ from collections.abc import Iterable
 
 # (bits, block) -> one row, 128 rows
 KERNELS = {
-    (2, 32): (3.6, 0.8),
-    (2, 64): (4.5, 1.1),
-    (2, 128): (5.9, 1.1),
-    (4, 16): (2.2, 0.7),
-    (4, 32): (3.7, 1.1),
-    (4, 64): (3.9, 1.1),
-    (4, 128): (4.0, 1.1),
-    (4, 256): (3.5, 1.4),
-    (8, 16): (2.5, 0.7),
-    (8, 32): (2.7, 0.6),
-    (8, 64): (2.7, 0.7),
-    (8, 128): (3.1, 0.7),
-    (8, 256): (2.9, 0.7),
+    (2, 32): (3.7, 0.8),
+    (2, 64): (4.3, 1.1),
+    (2, 128): (4.1, 1.0),
+    (4, 16): (1.8, 0.7),
+    (4, 32): (4.1, 1.0),
+    (4, 64): (3.7, 1.0),
+    (4, 128): (3.7, 1.0),
+    (4, 256): (4.6, 1.1),
+    (8, 16): (2.4, 0.6),
+    (8, 32): (2.6, 0.7),
+    (8, 64): (2.8, 0.7),
+    (8, 128): (2.4, 0.8),
+    (8, 256): (2.8, 0.7),
 }
 _SLOWER = 0.95
 _FUSED = {"INT4": 4, "UINT4": 4, "INT8": 8, "UINT8": 8}  # DequantizeLinear in front of a MatMul runs in the same kernel

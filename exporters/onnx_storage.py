@@ -6,7 +6,7 @@
 | Quantized, affine           | MatMul  | com.microsoft.MatMulNBits, or DequantizeLinear and MatMul  | MatMulNBits 4   |
 | Quantized with free minimum | MatMul  | MatMulNBits, plus block sums of the input times the minima | MatMulNBits 4   |
 | Quantized, affine           | Gather  | GatherBlockQuantized, or Gathers and DequantizeLinear      | as named        |
-| Quantized, codebook         | MatMul  | Cast, Gather from the table, MatMul                       | Gather UINT4    |
+| Quantized, values of a table | MatMul | Cast, Gather from the table, Mul by scales, MatMul        | UINT4, FLOAT8   |
 | Factored                    | MatMul  | MatMul by the right factor, then by the left               | of the factors  |
 | Sum                         | MatMul  | base plus residual                                        | of the parts    |
 
@@ -25,14 +25,14 @@ import numpy as np
 from tightship.dtypes import BY_NUMPY, DType
 from tightship.dtypes import dtype as dtype_of
 from tightship.errors import Unsupported
-from tightship.formats.layouts.codebook import Codebook
 from tightship.formats.onnx_writer import Initializer, packed_nbytes
-from tightship.formats.packings import matmul_nbits, onnx_blocked, onnx_codebook
+from tightship.formats.packings import matmul_nbits, onnx_blocked, onnx_table
 from tightship.formats.packings.matmul_nbits import NBits
-from tightship.layout import Arrays
+from tightship.layout import Arrays, Layout
 from tightship.target import Exact, Refused
 from tightship.weights import Dense, Factored, Quantized, Stored
 
+IN_FLOAT32 = ", widened when loaded"  # ends the word of a storage that ONNX Runtime decodes once
 _NARROW = ("f16", "bf16")  # kept as they are behind a Cast; ONNX Runtime's CPU computes in f32
 _INTEGER_LEVEL = 4  # of MatMulNBits: activations are rounded to int8
 _DECODED_WHOLE = (2, 8)  # bits that have no float32 kernel
@@ -71,8 +71,8 @@ def storage(weight: Stored, style: Style, *, table: bool = False) -> Exact | Ref
     if isinstance(weight, Dense):
         stored = stored_dtype(weight)
         return Exact(_ONNX_WORDS.get(stored.onnx or 0, stored.name), math.prod(weight.shape) * stored.itemsize)
-    if isinstance(weight, Quantized) and isinstance(weight.layout, Codebook):
-        return _codebook_storage(weight.layout, weight.shape, table=table)
+    if isinstance(weight, Quantized) and onnx_table.fits(weight.layout):
+        return _table_storage(weight.layout, weight.shape, table=table)
     if isinstance(weight, Quantized):
         return _quantized_storage(weight, style, table=table)
     if table:
@@ -94,11 +94,13 @@ def by_channel(weight: Quantized, style: Style) -> bool:
     return style.integers and fits and layout.block == 0
 
 
-def _codebook_storage(layout: Codebook, shape: tuple[int, int], *, table: bool) -> Exact | Refused:
+def _table_storage(layout: Layout, shape: tuple[int, int], *, table: bool) -> Exact | Refused:
     if table:
-        return Refused("a codebook has no lookup in ONNX", ("int4-g32", "int8-g32"))
-    shapes = onnx_codebook.codebook_shapes(layout, *shape).values()
-    return Exact(f"Gather UINT4, {layout.size} values", sum(_packed_bytes(*entry) for entry in shapes))
+        return Refused(f"{layout.name} has no lookup in ONNX", ("int4-g32", "int8-g32"))
+    shapes = onnx_table.shapes(layout, *shape)
+    word = "FLOAT8E4M3FN" if shapes["codes"][0] == onnx_blocked.FLOAT8 else "UINT4 of a table"
+    scaled = " times scales" if "scales" in shapes else ""
+    return Exact(f"{word}{scaled}{IN_FLOAT32}", sum(_packed_bytes(*entry) for entry in shapes.values()))
 
 
 def _quantized_storage(weight: Quantized, style: Style, *, table: bool) -> Exact | Refused:
@@ -177,9 +179,9 @@ def operand_initializers(name: str, weight: Quantized, style: Style, *, table: b
     if isinstance(answer, Refused):
         raise Unsupported(f"ONNX cannot store this: {answer.reason}", tensor=name, hint=", ".join(answer.nearest))
     rows, cols = weight.shape
-    if isinstance(weight.layout, Codebook):
-        shapes = onnx_codebook.codebook_shapes(weight.layout, rows, cols)
-        return _packed_once(name, shapes, lambda: onnx_codebook.pack_codebook(weight.read()))
+    if onnx_table.fits(weight.layout):
+        shapes = onnx_table.shapes(weight.layout, rows, cols)
+        return _packed_once(name, shapes, lambda: onnx_table.pack(weight.layout, weight.read()))
     if by_channel(weight, style) and not table:
         shapes = onnx_blocked.channel_shapes(rows, cols)
         return _packed_once(name, shapes, lambda: onnx_blocked.pack_channels(weight.read()))

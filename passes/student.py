@@ -98,7 +98,7 @@ def _fresh(teacher: Checkpoint, config: Mapping[str, Any], seed: int) -> Checkpo
     infos = architecture.lookup(config)
     borrowers = dict(architecture.ties) if architecture.hyper(config)["tied"] else {}
     layers = (int(architecture.hyper(config)["layers"]), int(teacher.hyper["layers"]))
-    stock = {_identity(info): name for name, info in teacher.infos().items() if name in teacher.weights}
+    stock = {identity(info): name for name, info in teacher.infos().items() if name in teacher.weights}
     word = next(w.dtype for w in teacher.weights.values() if not isinstance(w, Alias))
     std = float(config.get("initializer_range", 0.02))
     weights: dict[str, Weight] = {}
@@ -106,7 +106,7 @@ def _fresh(teacher: Checkpoint, config: Mapping[str, Any], seed: int) -> Checkpo
         if name in borrowers:
             weights[name] = Alias(borrowers[name])
             continue
-        source = stock.get(_identity(info, layers))
+        source = stock.get(identity(info, layers))
         found = teacher.resolve(source) if source is not None else None
         if found is not None and tuple(found.shape) == info.shape:
             weights[name] = found
@@ -115,7 +115,7 @@ def _fresh(teacher: Checkpoint, config: Mapping[str, Any], seed: int) -> Checkpo
     return teacher.replace(config=dict(config), architecture=architecture, weights=weights, activations={}, adapters={})
 
 
-def _identity(info: TensorInfo, layers: tuple[int, int] | None = None) -> Identity:
+def identity(info: TensorInfo, layers: tuple[int, int] | None = None) -> Identity:
     """What a tensor is, whatever its family calls it; with `layers` (n, N), in the numbering of the teacher."""
     block = info.block
     if layers is not None and block is not None:

@@ -15,15 +15,13 @@ from typing import Any
 
 from tightship.console import size, table
 from tightship.errors import EnvironmentFailure, UsageError
-from tightship.exporters.gguf_lora import ADAPTER
-from tightship.exporters.onnx_candidates.skeleton import ENCODER
+from tightship.exporters.gguf_lora import NO_MODELS
 from tightship.progress import Progress, no_progress
 from tightship.target import sorted_files, total_bytes
 from tightship.validators.plots import bars_plot
 from tightship.validators.runtimes.child import Limits, RuntimeMissing, run_child
 
 _FURTHER_SHARD = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
-_NO_MODELS = (ADAPTER, "imatrix.gguf")
 _RATES = ("prefill", "decode")
 
 
@@ -187,10 +185,10 @@ def subjects(path: Path) -> list[Subject]:
     files = sorted(p for p in root.rglob("*") if p.is_file()) if path.is_dir() else [path.absolute()]
     found: list[Subject] = []
     for file in files:
-        if file.suffix == ".gguf" and file.name not in _NO_MODELS and not _FURTHER_SHARD.search(file.name):
+        if file.suffix == ".gguf" and file.name not in NO_MODELS and not _FURTHER_SHARD.search(file.name):
             shards = sorted(file.parent.glob(file.name.replace("-00001-of-", "-*-of-")))
             found.append(_subject(root, file, file, "llama.cpp", sum(p.stat().st_size for p in shards)))
-        elif file.suffix == ".onnx" and file.name != ENCODER:  # which runs before the graph beside it
+        elif file.suffix == ".onnx":
             described = any((file.parent / name).is_file() for name in ("config.json", "genai_config.json"))
             home = file.parent if described else file.parent.parent
             found.append(_subject(root, home, file, "onnxruntime", _weight(home)))

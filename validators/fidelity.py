@@ -25,9 +25,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tightship.activations import scheme_of
 from tightship.checkpoint import Checkpoint
 from tightship.exporters.genai_config import fits
-from tightship.exporters.onnx_candidates.skeleton import DECODER_TASKS, SEQ2SEQ
 from tightship.report import Check, judge, not_run
 from tightship.target import TargetPlan
 from tightship.validators.metrics import LogitMeter, compare_hidden
@@ -46,13 +46,13 @@ GELU = "gelu"
 
 @dataclass(frozen=True)
 class Run:
-    """One way to run an artifact. `decode` asks for steps through the cache; `tasks` are those it is for, or all."""
+    """One way to run an artifact. `decode` asks for steps through the cache; `job` holds further keys."""
 
     runtime: str
     module: str
     kind: Literal["graph", "runtime"]
     decode: bool = False
-    tasks: tuple[str, ...] | None = None
+    decoders_only: bool = False
 
     @property
     def mode(self) -> str:
@@ -63,9 +63,9 @@ RUNS: Mapping[str, tuple[Run, ...]] = {
     "gguf": (Run("llama.cpp", "llama_cpp", "graph"), Run("llama.cpp", "llama_cpp", "runtime")),
     "onnx": (
         Run("onnxruntime", "onnx_runtime", "graph"),
-        Run("onnxruntime", "onnx_runtime", "graph", decode=True, tasks=(*DECODER_TASKS, SEQ2SEQ)),
+        Run("onnxruntime", "onnx_runtime", "graph", decode=True, decoders_only=True),
         Run("onnxruntime", "onnx_runtime", "runtime"),
-        Run("onnxruntime-genai", "genai", "runtime", tasks=DECODER_TASKS),
+        Run("onnxruntime-genai", "genai", "runtime", decoders_only=True),
     ),
     "safetensors": (
         Run("transformers", "transformers_client", "graph"),
@@ -77,8 +77,8 @@ DECODED = Run("onnxruntime", "onnx_runtime", "graph")
 
 def runs_for(plan: TargetPlan, checkpoint: Checkpoint) -> list[Run]:
     """The artifact's own runtimes, for the model's task; llama.cpp reads corrections of low rank from an adapter."""
-    task = checkpoint.architecture.task
-    mine = [run for run in RUNS[plan.target.container] if run.tasks is None or task in run.tasks]
+    decoder = checkpoint.architecture.task == "text-generation"
+    mine = [run for run in RUNS[plan.target.container] if decoder or not run.decoders_only]
     if plan.target.container == "gguf" and any(isinstance(w, Sum) for w in checkpoint.weights.values()):
         return [dataclasses.replace(run, module="llama_adapter") for run in mine]
     return [run for run in mine if run.module != "genai" or fits(checkpoint)]
@@ -136,7 +136,7 @@ def figure_with_true_gelu(figures: Mapping[str, Any], target: str) -> Check:
 
 def _median_distance(reference: Outputs, outputs: Outputs, windows: TextWindows) -> float:
     """Median over real positions of |outputs - reference| / |reference|, of the output that is farthest off."""
-    mask = windows.real
+    mask = windows.mask.astype(bool)
     medians = []
     for name in sorted(set(reference) & set(outputs)):
         expected = reference[name][mask].astype(np.float64)
@@ -159,14 +159,20 @@ def failed_run(run: Run, target: str, error: RuntimeDied | RuntimeMissing | Valu
 def storage_word(plan: TargetPlan, checkpoint: Checkpoint, run: Run) -> str:
     """The word under which `tolerances.toml` files this run; `gelu` where llama.cpp reads GELU from its table."""
     scheme = plan.target.scheme or ""
-    if run.runtime == "llama.cpp" and run.kind == "graph" and "gelu" in str(checkpoint.hyper.get("activation", "")):
+    if run.runtime == "llama.cpp" and run.kind == "graph" and "gelu" in _activation(checkpoint):
         return GELU
-    said = (
-        checkpoint.activations and run.runtime != "llama.cpp"
-    )  # which has no place for them, and rounds in its own way
+    said = set() if run.runtime == "llama.cpp" else {a.scheme for a in checkpoint.activations.values()}
+    if plan.target.container == "onnx":  # it rounds to integers alone
+        said = {word for word in said if scheme_of(word).numbers == "int8"}
     if said or scheme.startswith(("int8-dynamic", "int8-static")):
         return "activations"
     return storage_of(plan)
+
+
+def _activation(checkpoint: Checkpoint) -> str:
+    """config.json's word, or, of a family that has one only, what llama.cpp computes for it."""
+    computed = (checkpoint.architecture.gguf or {}).get("activation") or [""]
+    return str(checkpoint.hyper.get("activation", computed[0]))
 
 
 def compare(reference: Outputs, outputs: Outputs, windows: TextWindows) -> dict[str, Any]:
@@ -176,7 +182,7 @@ def compare(reference: Outputs, outputs: Outputs, windows: TextWindows) -> dict[
         ValueError: no output in common, or shapes that differ.
     """
     rows = len(next(iter(outputs.values()))) if outputs else 0
-    mask = windows.real[:rows]
+    mask = windows.mask[:rows].astype(bool)
     found = []
     for name in sorted(set(reference) & set(outputs)):
         expected, got = reference[name][:rows], outputs[name]

@@ -82,6 +82,15 @@ class OnnxGraph:
             for node, _ in self.readers[name]
         )
 
+    def places(self, name: str) -> np.ndarray | None:
+        """Where a constant Gather takes rows of an initializer from; None if there is none."""
+        for node, index in self.readers[name]:
+            if node.op_type == "Cast":
+                return self.places(node.output[0])
+            if node.op_type == "Gather" and index == 0 and node.input[1] in self.initializers:
+                return self.array(self.initializers[node.input[1]])
+        return None
+
     def floats(self, tensor: onnx.TensorProto) -> np.ndarray:
         """float32 of a float initializer, a matrix as (out, in) by what its readers do with it."""
         data = self.array(tensor).astype(np.float32)

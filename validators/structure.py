@@ -13,7 +13,6 @@ from typing import Any
 
 from tightship.checkpoint import Checkpoint
 from tightship.exporters.gguf_lora import RESIDUAL
-from tightship.exporters.onnx_candidates.skeleton import graph_files
 from tightship.formats.gguf_shards import file_names
 from tightship.formats.packings.modules import PACKINGS
 from tightship.report import Check, judge
@@ -31,7 +30,7 @@ _GGUF_KEYS = {
     "attention.head_count": "heads",
     "attention.head_count_kv": "kv_heads",
     "attention.key_length": "head_dim",
-    "attention.value_length": "head_dim",
+    "attention.value_length": "v_dim",
     "expert_count": "experts",
 }
 # Keys that exporters may write anew in config.json; every other key is the checkpoint's.
@@ -141,8 +140,7 @@ def _config(checkpoint: Checkpoint, plan: TargetPlan, directory: Path, exported:
         if key not in _CONFIG_EDITED and published.get(key) != value:
             yield None, f"config.json says {key} = {published.get(key)!r}, the checkpoint {value!r}"
     if plan.target.container == "onnx":
-        for path in graph_files(directory / exported.main):
-            yield from _onnx_config(checkpoint, directory, path)
+        yield from _onnx_config(checkpoint, directory, exported)
     else:
         yield from _index(directory)
 
@@ -153,7 +151,9 @@ def _gguf_config(checkpoint: Checkpoint, path: Path) -> Iterator[Fault]:
     reader = GGUFReader(path)
     fields = {key: field.contents() for key, field in reader.fields.items()}
     arch = fields.get("general.architecture")
-    hyper = checkpoint.hyper
+    hyper = dict(checkpoint.hyper)
+    if "head_dim" in hyper:
+        hyper.setdefault("v_dim", hyper["head_dim"])
     for key, name in _GGUF_KEYS.items():
         found, wanted = fields.get(f"{arch}.{key}"), hyper.get(name)
         if isinstance(found, list) and name in hyper:  # one a layer
@@ -166,20 +166,21 @@ def _gguf_config(checkpoint: Checkpoint, path: Path) -> Iterator[Fault]:
         yield "token_embd.weight", f"{len(tokens)} tokens for {int(table.shape[1])} rows of the embedding"
 
 
-def _onnx_config(checkpoint: Checkpoint, directory: Path, path: Path) -> Iterator[Fault]:
+def _onnx_config(checkpoint: Checkpoint, directory: Path, exported: Exported) -> Iterator[Fault]:
     import onnx
 
+    path = directory / exported.main
     model = onnx.load(path, load_external_data=False)
     data = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
     for name in sorted(data):
         if not (path.parent / name).is_file() or Path(name).name != name:
-            yield None, f"{path.name} wants its data in {name}, which is not beside it"
+            yield None, f"{exported.main} wants its data in {name}, which is not beside it"
     domains = {opset.domain for opset in model.opset_import}
     if domains <= {"", "ai.onnx"}:  # the checker knows no contributed operators
         try:
             onnx.checker.check_model(str(path))
         except onnx.checker.ValidationError as error:
-            yield None, f"onnx.checker refuses {path.name}: {str(error).splitlines()[0]}"
+            yield None, f"onnx.checker refuses {exported.main}: {str(error).splitlines()[0]}"
     genai = directory / "genai_config.json"
     if genai.is_file():
         yield from _genai_config(json.loads(genai.read_text("utf-8"))["model"], checkpoint, model)

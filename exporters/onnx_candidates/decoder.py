@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from tightship.exporters.onnx_candidates.attention import Sight, attention
-from tightship.exporters.onnx_candidates.embeddings import has_places, placed, tokens
 from tightship.exporters.onnx_candidates.feed_forward import feed_forward
 from tightship.exporters.onnx_candidates.latent_attention import latent_attention
 from tightship.exporters.onnx_candidates.network import Network
-from tightship.exporters.onnx_candidates.positions import Turn, alibi, causal_mask, rotation
+from tightship.exporters.onnx_candidates.positions import (
+    Turn,
+    alibi,
+    causal_mask,
+    kept_tokens,
+    rotation,
+    sinusoids,
+)
 from tightship.exporters.onnx_candidates.skeleton import BATCH, SEQUENCE, TOTAL
+from tightship.exporters.onnx_candidates.state_space import state_space
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -22,9 +30,10 @@ def decoder(net: Network) -> None:
     """The whole graph: token ids and the past in, logits and the grown cache out."""
     ids = net.input("input_ids", (BATCH, SEQUENCE))
     mask = net.input("attention_mask", (BATCH, TOTAL))
-    positions = net.input("position_ids", (BATCH, SEQUENCE))
-    x = placed(net, tokens(net, ids), positions)
-    for block, sight in enumerate(_sights(net, ids, mask, positions)):
+    if not net.architecture.recurrent:
+        _positions(net)  # clients give them to every decoder with keys, whether it reads them or not
+    x = _embedded(net, ids)
+    for block, sight in enumerate(_sights(net, ids, mask)):
         x = _block(net, block, x, sight)
     x = net.normed(x, None, "output_norm")
     if net.has(None, "output_proj"):
@@ -34,9 +43,29 @@ def decoder(net: Network) -> None:
     net.present()
 
 
-def _sights(net: Network, ids: ir.Value, mask: ir.Value, positions: ir.Value) -> list[Sight]:
+def _positions(net: Network) -> ir.Value:
+    return net.input("position_ids", (BATCH, SEQUENCE))
+
+
+def _embedded(net: Network, ids: ir.Value) -> ir.Value:
+    x = net.lookup("token_embd", ids)
+    if net.has(None, "token_embd_proj"):
+        x = net.linear(x, None, "token_embd_proj")
+    scale = net.family.embed_scale
+    if scale:
+        x = net.scaled(x, math.sqrt(net.width) if scale == "sqrt" else float(net.option(scale)))
+    if net.has(None, "position_embd") or net.family.sinusoidal:
+        rows = net.op("Add", _positions(net), net.integers(net.family.position_offset))
+        placed = sinusoids(net, rows) if net.family.sinusoidal else net.lookup("position_embd", rows)
+        x = net.op("Add", x, placed)
+    return net.norm(x, None, "token_embd_norm") if net.has(None, "token_embd_norm") else x
+
+
+def _sights(net: Network, ids: ir.Value, mask: ir.Value) -> list[Sight]:
     """What each block sees."""
     layers = int(net.hyper["layers"])
+    if net.architecture.recurrent:
+        return [Sight(None, cached=True, kept=kept_tokens(net, ids, mask))] * layers
     window = net.option("sliding_window") or net.option("window_size")
     types = net.option("layer_types") or net.option("attention_layers")
     types = list(types or ["sliding_attention" if window else "full_attention"] * layers)[:layers]
@@ -45,12 +74,12 @@ def _sights(net: Network, ids: ir.Value, mask: ir.Value, positions: ir.Value) ->
     if net.family.alibi:
         bias = alibi(net, mask, int(net.hyper["heads"]))
         masks = {kind: net.op("Add", value, bias) for kind, value in masks.items()}
-        return [Sight(masks[kind], None, cache="") for kind in types]
+        return [Sight(masks[kind], None, cached=True) for kind in types]
     turns: dict[str, Turn] = {}
-    if not has_places(net):
-        turns = {kind: rotation(net, positions, kind) for kind in kinds}
+    if not (net.has(None, "position_embd") or net.family.sinusoidal):
+        turns = {kind: rotation(net, _positions(net), kind) for kind in kinds}
     return [
-        Sight(masks[kind], turns.get(kind) if _rotates(net, block, kind) else None, cache="")
+        Sight(masks[kind], turns.get(kind) if _rotates(net, block, kind) else None, cached=True)
         for block, kind in enumerate(types)
     ]
 
@@ -69,6 +98,8 @@ def _block(net: Network, block: int, x: ir.Value, sight: Sight) -> ir.Value:
         x = net.norm(net.op("Add", x, _attended(net, block, x, sight)), block, "attn_norm")
         return net.norm(net.op("Add", x, feed_forward(net, block, x)), block, "ffn_norm")
     before = net.normed(x, block, "attn_norm")
+    if net.has(block, "ssm_in"):
+        return net.op("Add", x, state_space(net, block, before, sight))
     attended = net.normed(_attended(net, block, before, sight), block, "attn_post_norm")
     if net.answer(net.family.parallel):
         inner = net.norm(x, block, "ffn_norm") if net.has(block, "ffn_norm") else before

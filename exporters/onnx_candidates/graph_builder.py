@@ -21,17 +21,22 @@ _ALIKE = (*_ELEMENTWISE, "RMSNormalization", "LayerNormalization", "RotaryEmbedd
 
 
 class GraphBuilder:
-    """Collects inputs, nodes, initializers and outputs of one graph."""
+    """Collects inputs, nodes, initializers and outputs of one graph; `prefix` of all its names, for one within another.
 
-    def __init__(self) -> None:
+    A graph within another may read the other's values.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix = prefix
         self.feeds: dict[str, Feed] = {}
         self._values: dict[str, ir.Value] = {}
         self._nodes: list[ir.Node] = []
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
 
-    def input(self, name: str, axes: Sequence[int | str], kind: int = INT64) -> ir.Value:
+    def input(self, name: str, axes: Sequence[int | str | None], kind: int = INT64) -> ir.Value:
         """A graph input."""
+        name = self.prefix + name
         if name not in self._values:
             self._inputs.append(self._value(name, axes, kind))
         return self._values[name]
@@ -40,7 +45,7 @@ class GraphBuilder:
         """Name a value as a graph output."""
         import onnx_ir as ir
 
-        value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(axes)
+        value.name, value.type, value.shape = self.prefix + name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(axes)
         self._outputs.append(value)
 
     def op(self, kind: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
@@ -52,7 +57,7 @@ class GraphBuilder:
         import onnx_ir as ir
 
         node = ir.node(kind, list(inputs), attributes, num_outputs=outputs)
-        node.name = f"{kind}_{len(self._nodes)}"
+        node.name = f"{self.prefix}{kind}_{len(self._nodes)}"
         for index, value in enumerate(node.outputs):
             value.name = node.name if not index else f"{node.name}.{index}"
         first = inputs[0] if inputs else None
@@ -115,22 +120,27 @@ class GraphBuilder:
         self.feeds[name] = feed
         return self._values.get(name) or self._value(name, shape, FLOAT)
 
-    def skeleton(self) -> Skeleton:
+    def graph(self, name: str) -> ir.Graph:
         """The finished graph."""
         import onnx_ir as ir
 
         initializers = [v for n, v in self._values.items() if n in self.feeds or v.const_value is not None]
-        graph = ir.Graph(
+        return ir.Graph(
             self._inputs,
             self._outputs,
             nodes=self._nodes,
             initializers=initializers,
             opset_imports={"": OPSET},
-            name="main",
+            name=name,
         )
-        return Skeleton(ir.Model(graph, ir_version=10), self.feeds)
 
-    def _value(self, name: str, axes: Sequence[int | str], kind: int) -> ir.Value:
+    def skeleton(self) -> Skeleton:
+        """The finished graph with what its initializers hold."""
+        import onnx_ir as ir
+
+        return Skeleton(ir.Model(self.graph("main"), ir_version=10), self.feeds)
+
+    def _value(self, name: str, axes: Sequence[int | str | None], kind: int) -> ir.Value:
         import onnx_ir as ir
 
         value = ir.Value(name=name, type=ir.TensorType(ir.DataType(kind)), shape=ir.Shape(axes))

@@ -33,8 +33,9 @@ from tightship.formats.packings import matmul_nbits
 from tightship.formats.packings.matmul_nbits import NBits
 from tightship.layout import Arrays, Layout
 
-FLOAT, UINT8, INT8, UINT4, INT4 = 1, 2, 3, 21, 22  # TensorProto.DataType
-BITS = {FLOAT: 32, UINT8: 8, INT8: 8, UINT4: 4, INT4: 4}
+# TensorProto.DataType; FLOAT8 is FLOAT8E4M3FN.
+FLOAT, UINT8, INT8, FLOAT16, BFLOAT16, FLOAT8, UINT4, INT4 = 1, 2, 3, 10, 16, 17, 21, 22
+BITS = {FLOAT: 32, UINT8: 8, INT8: 8, FLOAT16: 16, BFLOAT16: 16, FLOAT8: 8, UINT4: 4, INT4: 4}
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,11 @@ class Architecture:
     prunable: Mapping[str, Any] = field(default_factory=dict)
     decoder_prefix: str | None = None
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether blocks keep a state of fixed size where others keep keys and values."""
+        return any(rule.role == "ssm_conv1d" for rule in self.tensors)
+
     def hyper(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Canonical hyper-parameters of a concrete config.json.
 

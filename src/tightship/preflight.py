@@ -76,7 +76,7 @@ def _sample(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     found = {}
     for place in np.unique(np.linspace(0, len(names) - 1, min(_MATRICES, len(names))).round().astype(int)):
         name, weight = names[place]
-        rows = max(1, _WEIGHTS // max(math.prod(weight.shape[1:]), 1))
-        values = next(weight.runs(rows)).astype(np.float32).reshape(-1)
+        rows = min(weight.shape[0], max(1, _WEIGHTS // max(math.prod(weight.shape[1:]), 1)))
+        values = weight.rows()(0, rows).astype(np.float32).reshape(-1)
         found[name] = values[np.isfinite(values)]
     return found

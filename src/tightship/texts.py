@@ -6,6 +6,7 @@ the special tokens that the tokenizer itself puts around a text (`<s>`, `[CLS] .
 
 from __future__ import annotations
 
+import inspect
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Malformed, Unsupported, UsageError
-from tightship.modelview import ModelView, start_token
+from tightship.modelview import ModelView
 
 SHORTEST = 8  # a shorter rest of a document says little; it is left out
 _ROWS_AT_ONCE = 16
@@ -96,6 +97,7 @@ def generated_windows(view: ModelView, *, tokens: int, sequence: int, seed: int)
 
     Raises:
         Unsupported: not a text-generation model.
+        Malformed: its beginning-of-text token is no token.
     """
     checkpoint = view.checkpoint
     if checkpoint.architecture.task != "text-generation":
@@ -109,47 +111,29 @@ def generated_windows(view: ModelView, *, tokens: int, sequence: int, seed: int)
     first = checkpoint.config.get("bos_token_id")
     first = first[0] if isinstance(first, list) else first
     vocabulary = int(checkpoint.hyper["vocab"])
+    if first is not None and not 0 <= int(first) < vocabulary:
+        raise Malformed(
+            f"config.json: bos_token_id is {first}, the vocabulary has {vocabulary} tokens",
+            hint="give the token that texts begin with, or null",
+        )
     starts = rng.integers(0, vocabulary, rows) if first is None else np.full(rows, int(first))
     parts = [_sample(view, starts[i : i + _ROWS_AT_ONCE], length, rng) for i in range(0, rows, _ROWS_AT_ONCE)]
     return tuple(np.concatenate(parts))
 
 
-def generated_targets(view: ModelView, ids: np.ndarray, mask: np.ndarray, *, seed: int) -> np.ndarray:
-    """(rows, length) int64: what a model of two stacks writes to sources `ids`, after the token it starts with.
-
-    Args:
-        ids, mask: (rows, length) int64, sources and where they are not padding; what is written is as long.
-    """
-    rng = np.random.default_rng(seed)
-    start = start_token(view.checkpoint.config)
-    parts = []
-    for row in range(0, len(ids), _ROWS_AT_ONCE):
-        source = (ids[row : row + _ROWS_AT_ONCE], mask[row : row + _ROWS_AT_ONCE])
-        parts.append(_sample(view, np.full(len(source[0]), start), ids.shape[1], rng, source))
-    return np.concatenate(parts)
-
-
-def _sample(
-    view: ModelView,
-    starts: np.ndarray,
-    length: int,
-    rng: np.random.Generator,
-    source: tuple[np.ndarray, np.ndarray] | None = None,
-) -> np.ndarray:
+def _sample(view: ModelView, starts: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
     """(rows, length) int64. Probabilities and sums are float64, so that a draw does not hang on float32 noise."""
     import torch
 
     module = view.module()
+    past = "cache_params" if "cache_params" in inspect.signature(module.forward).parameters else "past_key_values"
     ids = np.asarray(starts, np.int64).reshape(-1, 1)
     cache: Any = None
     with view.computing():
-        behind = _encoded(view, module, *source) if source else {}
         while ids.shape[1] < length:
-            # A model without a cache of keys (Mamba) reads everything again.
             read = torch.from_numpy(ids if cache is None else ids[:, -1:]).to(view.device)
-            given = {"decoder_input_ids": read, **behind} if behind else {"input_ids": read}
-            found = module(**given, past_key_values=cache, use_cache=True)
-            cache = found.get("past_key_values")
+            found = module(input_ids=read, use_cache=True, **{past: cache})
+            cache = found.get(past)
             logits = found.logits[:, -1].double().cpu().numpy()
             weights = np.cumsum(np.exp(logits - logits.max(axis=1, keepdims=True)), axis=1)
             draws = rng.random(len(ids)) * weights[:, -1]
@@ -157,15 +141,6 @@ def _sample(
             following = np.minimum(chosen, weights.shape[1] - 1)
             ids = np.concatenate([ids, following[:, None].astype(np.int64)], axis=1)
     return ids
-
-
-def _encoded(view: ModelView, module: Any, ids: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
-    """What every step of a decoder is given of its source."""
-    import torch
-
-    read, seen = (torch.from_numpy(np.asarray(array, np.int64)).to(view.device) for array in (ids, mask))
-    states = module.get_encoder()(input_ids=read, attention_mask=seen, return_dict=True)
-    return {"encoder_outputs": states, "attention_mask": seen}
 
 
 @dataclass(frozen=True)

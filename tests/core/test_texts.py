@@ -92,6 +92,12 @@ def test_generated_text_follows_the_model_and_the_seed(ember: Checkpoint) -> Non
     assert abs((surprise - entropy).mean()) < 5 * spread
 
 
+def test_a_first_token_beyond_the_vocabulary_is_an_error(ember: Checkpoint) -> None:
+    lost = ember.replace(config={**ember.config, "bos_token_id": 128000})
+    with pytest.raises(Malformed, match="bos_token_id is 128000, the vocabulary has 1024"):
+        generated_windows(ModelView(lost), tokens=16, sequence=8, seed=0)
+
+
 def test_a_codec_reads_back_what_it_wrote() -> None:
     codec = codec_of(open_checkpoint(EXAMPLES / "ember-bert"))
     assert (codec.before, codec.after) == ((2,), (3,))

@@ -52,7 +52,11 @@ def random_model(name: str, sizes: dict[str, Any], tokenizer: Path, folder: Path
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "targets"),
-    [("OPTForCausalLM", ["onnx"]), ("BloomForCausalLM", ["onnx", "safetensors"]), ("MixtralForCausalLM", ["gguf"])],
+    [
+        ("OPTForCausalLM", ["onnx", "safetensors"]),
+        ("BloomForCausalLM", ["onnx", "gguf", "safetensors"]),
+        ("MixtralForCausalLM", ["gguf", "onnx"]),
+    ],
 )
 def test_sparse_opt_bloom_and_mixtral(
     name: str, targets: list[str], build_command: Callable[..., Any], qwen: Path, tmp_path: Path

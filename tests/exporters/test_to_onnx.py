@@ -24,6 +24,7 @@ from tightship.exporters.onnx_storage import Style, storage
 from tightship.exporters.onnx_units import Unit, Use
 from tightship.exporters.to_onnx import OnnxExporter, reference_graph
 from tightship.formats.layouts import parse_layout
+from tightship.formats.layouts.float8 import Float8
 from tightship.formats.onnx_file import read_onnx
 from tightship.formats.onnx_writer import write_onnx
 from tightship.opening import open_checkpoint
@@ -260,6 +261,36 @@ def test_a_portable_table_of_any_number_of_rows(tmp_path: Path, rows: int) -> No
     )
 
 
+TABLES = ["fp8-e4m3", "fp8-e4m3-channel", "fp8-e4m3-block", "mxfp8", "mxfp4", "nvfp4", "nvfp4-scaled", "iq4_nl"]
+
+
+@pytest.mark.parametrize("word", [*TABLES, "iq4_xs", "fp8-e4m3-g96"])
+def test_floats_of_few_bits_are_decoded_once(ember: Checkpoint, build: Build, tmp_path: Path, word: str) -> None:
+    """Every value as the layout has it; the file is small; what runs is a plain MatMul on folded weights."""
+    layout = Float8(tile_rows=1, group_size=96) if word == "fp8-e4m3-g96" else parse_layout(word)
+    quantized = {i.name: Quantized.of(layout, layout.quantize(ember.resolve(i.name).value())) for i in ember.linears()}
+    mixed = ember.with_weights(quantized).replace(
+        activations={"model.layers.0.mlp.up_proj": Activations("fp8-dynamic")}
+    )
+    directory, plan, _ = build(mixed)
+    expected = transformers_outputs(mixed, EXAMPLES / "ember", IDS)["logits"]
+    assert relative_l2(in_onnx_runtime(directory, IDS, mode="shipped")["logits"], expected) <= 1e-5
+    assert any("fp8-dynamic activations stay float32" in note for note in plan.notes)
+    assert any("14 matrices are small in the file alone" in note for note in plan.notes)
+    held = sum(t.nbytes for t in plan.tensors if t.name in quantized)
+    assert held * 8 < (5.1 if "4" in word[:5] else 8.7) * sum(int(np.prod(w.shape)) for w in quantized.values())
+    ran = optimized(directory, tmp_path)
+    assert "DequantizeLinear" not in ran
+    assert ran.count("MatMul") == 15 > ran.count("Cast")
+    assert ran.count("Gather") == 1  # of the embedding: those of tables and scales are folded
+    stored = OnnxStored(mixed, directory / "model.onnx")
+    for name, weight in quantized.items():
+        np.testing.assert_array_equal(stored.value(name), weight.value())
+        pieces = stored.integers(name)
+        assert pieces is not None
+        assert digest(pieces) == digest(pieces_of(layout, weight.read()))
+
+
 @pytest.mark.parametrize("candidate", [MobiusCandidate(), DirectCandidate()])
 @pytest.mark.parametrize("word", ["q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "tq2_0"])
 def test_k_quants_keep_their_integers(ember: Checkpoint, tmp_path: Path, word: str, candidate: Candidate) -> None:
@@ -316,8 +347,8 @@ def test_calibrated_activations(ember: Checkpoint, build: Build, tmp_path: Path,
 
 def test_activations_that_onnx_cannot_round_are_refused(ember: Checkpoint) -> None:
     name = ember.linears()[0].name.removesuffix(".weight")
-    with pytest.raises(Unsupported, match="fp8-dynamic") as caught:
-        EXPORTER.plan(ember.replace(activations={name: Activations("fp8-dynamic")}), Target("onnx"))
+    with pytest.raises(Unsupported, match="int8-dynamic-asym") as caught:
+        EXPORTER.plan(ember.replace(activations={name: Activations("int8-dynamic-asym")}), Target("onnx"))
     assert caught.value.tensor == name
     with pytest.raises(Unsupported, match="one scale a row") as caught:
         EXPORTER.plan(ember.replace(activations={name: Activations("int8-dynamic")}), Target("onnx"))

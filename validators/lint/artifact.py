@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tightship.exporters.gguf_lora import NO_MODELS
 from tightship.untrusted import strict_json
 
 _ENDINGS = {".gguf": "gguf", ".safetensors": "safetensors", ".onnx": "onnx"}
@@ -73,7 +74,7 @@ class Artifact:
         """The GGUF file, its shards joined."""
         from tightship.formats.gguf_shards import read_shards
 
-        return read_shards(min(self.directory.glob("*.gguf")))
+        return read_shards(min(set(self.directory.glob("*.gguf")) - {self.directory / name for name in NO_MODELS}))
 
     @functools.cached_property
     def onnx(self) -> Any:

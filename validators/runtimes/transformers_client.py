@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tightship.architecture import architecture_for
 from tightship.errors import Malformed, Unsupported
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def load(directory: Path, config: dict[str, Any], mode: str) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": "auto" if narrow else torch.float32}
     if config.get("low_rank") or (quantization and quantization["quant_method"] in DECODED):
         return _from_decoded(directory, config, options["dtype"])
-    if quantization and quantization["quant_method"] == "compressed-tensors" and _dequantize(quantization, mode):
+    if quantization and quantization["quant_method"] == "compressed-tensors" and _dequantize(config, mode):
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     auto = getattr(transformers, auto_class(config))
     model, info = auto.from_pretrained(
@@ -165,15 +166,17 @@ def widened_in_use(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _dequantize(quantization: dict[str, Any], mode: str) -> bool:
-    """Whether to decode on loading: transformers 5.23 loads asymmetric weights in no other way, and decodes all by one
-    group where there are several (docs/formats/compressed-tensors.md). Otherwise they are decoded before they are used.
-    Decoding also leaves activations alone, so all but `shipped` needs it where they would be quantized.
+def _dequantize(config: dict[str, Any], mode: str) -> bool:
+    """Whether to decode on loading: transformers 5.23 loads asymmetric weights and families with a `packed_note` in no
+    other way, and decodes all by one group where there are several (docs/formats/compressed-tensors.md). Otherwise they
+    are decoded before they are used. Decoding also leaves activations alone, so all but `shipped` needs it where they
+    would be quantized.
     """
-    groups = list(quantization.get("config_groups", {}).values())
+    groups = list(config["quantization_config"].get("config_groups", {}).values())
     symmetric = all((group.get("weights") or {}).get("symmetric", True) for group in groups)
     live = mode != "shipped" and any(group.get("input_activations") for group in groups)
-    return len(groups) == 1 and (mode == "graph" or live or not symmetric)
+    noted = architecture_for(config).packed_note is not None
+    return len(groups) == 1 and (mode == "graph" or live or not symmetric or noted)
 
 
 def auto_class(config: dict[str, Any]) -> str:

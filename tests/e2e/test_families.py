@@ -1,0 +1,73 @@
+"""Families whose past or attention is not Llama's, built into all three containers with every proof asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+LATENT = {
+    **SIZES,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+THREE = ("--to", "gguf", "--to", "onnx", "--to", "safetensors")
+FAMILIES = {
+    "deepseek_v3": ("DeepseekV3ForCausalLM", LATENT),
+    "mamba": ("MambaForCausalLM", {**SIZES, "state_size": 8}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_container_is_proven(family: str, qwen: Path, build_command: Callable[..., Any], tmp_path: Path) -> None:
+    done = build_command(random_model(family, tmp_path, qwen), "--quantize", "int8", *THREE)
+    assert done.code == 0, done.body["error"]
+    assert json.loads((done.output / "manifest.json").read_text())["accepted_unproven"] == []
+    assert all(check["verdict"] == "pass" for check in done.checks.values())
+    for target, runtime in (("gguf", "onnxruntime"), ("gguf", "llama.cpp"), ("onnx", "onnxruntime")):
+        assert done.checks[f"{target}/{runtime}/graph/rel_l2"]["value"] <= 1e-5
+    assert done.checks["onnx/onnxruntime/graph/rel_l2_through_cache"]["value"] <= 1e-5
+
+
+def random_model(family: str, folder: Path, tokenizer: Path) -> Path:
+    """Every parameter random, the tokenizer of another directory."""
+    import torch
+    import transformers
+
+    name, config = FAMILIES[family]
+    model_class = getattr(transformers, name)
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**config))
+    with torch.no_grad():
+        for key, parameter in model.state_dict(keep_vars=True).items():
+            parameter.normal_(1 if "norm" in key else 0, 0.1)
+    model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((tokenizer / file).read_bytes())
+    return folder
