@@ -26,12 +26,15 @@ from tightship.weights import Dense, Weight
 
 
 class RoutingWeights:
-    """Sums what a router gives each expert; an observer. `rows` is the router's matrix (experts, hidden)."""
+    """Sums what a router gives each expert; an observer.
 
-    def __init__(self, name: str, rows: np.ndarray, used: int) -> None:
+    `rows` is the router's matrix (experts, hidden); `renormalized`: the shares of the chosen ones add up to 1.
+    """
+
+    def __init__(self, name: str, rows: np.ndarray, used: int, *, renormalized: bool) -> None:
         import torch
 
-        self._name, self._used = name, used
+        self._name, self._used, self._renormalized = name, used, renormalized
         self._rows = torch.from_numpy(rows)
         self.total = np.zeros(len(rows))
 
@@ -42,7 +45,8 @@ class RoutingWeights:
             return  # a block may have further routers
         logits = x.reshape(-1, x.shape[-1]) @ self._rows.T.to(x.device)
         weights, chosen = torch.softmax(logits, dim=-1).topk(self._used, dim=-1)
-        weights = weights / weights.sum(dim=-1, keepdim=True)
+        if self._renormalized:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
         self.total += np.bincount(
             chosen.cpu().numpy().reshape(-1), weights.cpu().numpy().reshape(-1), minlength=len(self.total)
         )
@@ -63,7 +67,8 @@ def saliencies(checkpoint: Checkpoint, run: Run) -> list[np.ndarray]:
 def _of_block(checkpoint: Checkpoint, step: BlockStep) -> np.ndarray:
     router = router_of(checkpoint, step.index)
     rows = checkpoint.resolve(router.name).value()
-    weights = RoutingWeights(router.name, rows, int(checkpoint.hyper["experts_used"]))
+    used = int(checkpoint.hyper["experts_used"])
+    weights = RoutingWeights(router.name, rows, used, renormalized=renormalizes(checkpoint))
     sums = MomentSums(full=True)
     step.observe(sums)
     step.observe_routers(weights)
@@ -72,6 +77,12 @@ def _of_block(checkpoint: Checkpoint, step: BlockStep) -> np.ndarray:
         w = step.read(info.name).astype(np.float64)
         norms[int(info.expert or 0)] = np.sqrt(np.einsum("ij,jk,ik->", w, sums.of(info.name, w.shape[1]).second, w))
     return weights.total * norms
+
+
+def renormalizes(checkpoint: Checkpoint) -> bool:
+    """Whether the shares of a token's experts add up to 1: always in some families, by a config key in others."""
+    word = checkpoint.architecture.prunable["experts"]
+    return word == "always" or bool(checkpoint.config.get(word, False))
 
 
 def router_of(checkpoint: Checkpoint, block: int) -> TensorInfo:

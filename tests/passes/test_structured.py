@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tightship.checkpoint import Checkpoint
+from tightship.checkpoint import Checkpoint, Source
 from tightship.errors import Unsupported, UsageError
 from tightship.modelview import ModelView
 from tightship.passes import pass_for
@@ -166,6 +166,31 @@ def test_router_statistics_are_those_of_transformers(merge: bool, tiny: Callable
         for i, e in enumerate(stay)
     ]
     assert all(same) is not merge
+
+
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_shares_of_experts_add_up_to_one_where_the_family_says_so(norm_topk_prob: bool) -> None:
+    import torch
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+    from tightship.architecture import architecture_for
+    from tightship.passes.experts import RoutingWeights, renormalizes
+
+    config = Qwen3MoeConfig(hidden_size=64, num_experts=6, num_experts_per_tok=2, norm_topk_prob=norm_topk_prob)
+    router = Qwen3MoeTopKRouter(config)
+    rows = np.random.default_rng(0).standard_normal((6, 64)).astype(np.float32) / 8
+    router.weight.data = torch.from_numpy(rows)
+    tokens = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    said = {**config.to_dict(), "architectures": ["Qwen3MoeForCausalLM"]}
+    checkpoint = Checkpoint("moe", said, {}, {}, architecture_for(said), Source("moe", None, ()))
+    found = RoutingWeights("gate", rows, 2, renormalized=renormalizes(checkpoint))
+    found(("gate",), tokens)
+    with torch.no_grad():
+        _, weights, chosen = router(tokens)
+    wanted = np.bincount(chosen.reshape(-1).numpy(), weights.reshape(-1).numpy(), minlength=6)
+    np.testing.assert_allclose(found.total, wanted, rtol=1e-5)
+    assert bool(abs(found.total.sum() - 40) < 1e-3) is norm_topk_prob
 
 
 @pytest.mark.parametrize(
