@@ -10,11 +10,11 @@ import numpy as np
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Malformed, Unsupported
 from tightship.exporters.onnx_activations import in_integers
-from tightship.exporters.onnx_candidates.skeleton import Skeleton
+from tightship.exporters.onnx_candidates.skeleton import MAIN, Skeleton
 from tightship.exporters.onnx_emit import Emitter
 from tightship.exporters.onnx_storage import Style
 from tightship.exporters.onnx_units import units_of, unused_tensors
-from tightship.formats.onnx_writer import Initializer, write_onnx
+from tightship.formats.onnx_writer import Initializer, Part, write_parts
 from tightship.target import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -28,37 +28,40 @@ def write_graph(
     style: Style,
     *,
     progress: Progress = no_progress,
-    name: str = "model.onnx",
 ) -> dict[str, int]:
-    """Fill the skeleton with the checkpoint's weights and write it; returns the bytes of each tensor.
+    """Fill the skeleton with the checkpoint's weights and write its graphs; returns the bytes of each tensor.
 
-    Consumes the skeleton.
+    Consumes the skeleton. A weight that two graphs read is stored once.
 
     Raises:
-        Unsupported: a weight has no exact form in ONNX, or the graph does not read every weight.
+        Unsupported: a weight has no exact form in ONNX, or the graphs do not read every weight.
     """
-    import onnx_ir as ir
-
     dropped = unused_tensors(skeleton, checkpoint)
     if dropped:
         raise Unsupported(
             f"the graph does not read {len(dropped)} stored tensors: {', '.join(dropped[:8])}", tensor=dropped[0]
         )
+    written: dict[str, dict[str, int]] = {}
+    parts = {name: _filled(graph, checkpoint, style, written) for name, graph in skeleton.graphs.items()}
+    write_parts(parts, directory, f"{MAIN}_data", progress)
+    return {tensor: sum(found.values()) for tensor, found in written.items()}
+
+
+def _filled(skeleton: Skeleton, checkpoint: Checkpoint, style: Style, written: dict[str, dict[str, int]]) -> Part:
+    """One graph reading the stored weights. `written`: tensor -> initializer -> bytes."""
+    import onnx_ir as ir
+
     graph = skeleton.model.graph
     emitter = Emitter(graph, style, in_integers(checkpoint))
-    written: dict[str, int] = {}
     for unit in units_of(skeleton, checkpoint):
         first = len(emitter.initializers)
         emitter.place(unit)
-        written[unit.tensor] = written.get(unit.tensor, 0) + sum(
-            item.nbytes for item in emitter.initializers[first:] if not item.same_as
-        )
+        found = {item.name: 0 if item.same_as else item.nbytes for item in emitter.initializers[first:]}
+        written.setdefault(unit.tensor, {}).update(found)
     remove_dead_transposes(graph)
     own = [_own(value) for value in graph.initializers.values()]
     graph.initializers.clear()
-    proto = ir.serde.serialize_model(skeleton.model)
-    write_onnx(proto, [*own, *emitter.constants, *emitter.initializers], directory, name, progress)
-    return written
+    return Part(ir.serde.serialize_model(skeleton.model), [*own, *emitter.constants], emitter.initializers)
 
 
 def remove_dead_transposes(graph: ir.Graph) -> None:

@@ -29,6 +29,7 @@ from typing import Any
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported, UsageError
 from tightship.exporters.onnx_activations import in_integers
+from tightship.exporters.onnx_candidates.skeleton import DECODER_TASKS, SEQ2SEQ
 from tightship.exporters.onnx_storage import Style, by_channel
 from tightship.formats.layouts import parse_layout
 from tightship.layout import Layout
@@ -147,7 +148,7 @@ def fixed_shapes(checkpoint: Checkpoint, target: Target) -> dict[str, int]:
         Unsupported: for a decoder, whose cache grows with every token, or a length that the model has no positions for.
     """
     sizes = dict(_options(target).get("shapes", {}))
-    if sizes and checkpoint.architecture.task == "text-generation":
+    if sizes and checkpoint.architecture.task in (*DECODER_TASKS, SEQ2SEQ):
         raise Unsupported(
             "fixed shapes are for encoders and images: a decoder's cache grows with every token",
             hint="leave `shapes` out; a session may fix an axis with add_free_dimension_override_by_name",

@@ -118,7 +118,8 @@ def left_out(checkpoint: Checkpoint) -> dict[str, str]:
 def unused_tensors(skeleton: Skeleton, checkpoint: Checkpoint) -> list[str]:
     """Stored tensors that no initializer shows, wholly or in part: a graph that drops weights is not this model's."""
     shown: dict[str, int] = {}
-    for owner, rows in {(owner_of(checkpoint, feed.tensor), feed.rows) for feed in skeleton.feeds.values()}:
+    feeds = [feed for graph in skeleton.graphs.values() for feed in graph.feeds.values()]
+    for owner, rows in {(owner_of(checkpoint, feed.tensor), feed.rows) for feed in feeds}:
         shown[owner] = shown.get(owner, 0) + (rows[1] - rows[0] if rows else _height(checkpoint.resolve(owner)))
     needless = left_out(checkpoint)
     stored = {n: w for n, w in checkpoint.weights.items() if not isinstance(w, Alias) and n not in needless}

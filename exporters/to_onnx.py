@@ -1,5 +1,7 @@
 """ONNX artifacts: `model.onnx`, `model.onnx_data`, and what each runtime expects beside them.
 
+A model of two stacks becomes `encoder_model.onnx` and `decoder_model_merged.onnx` with one `model.onnx_data` for both.
+
 The graph comes from one of the candidates of `onnx_candidates`; which one, a judge decides (validators/parity.py). The
 weights are the checkpoint's own: integers stay the same integers, matrices in f16 and bf16 stay in that type behind a
 Cast, everything else is float32.
@@ -19,7 +21,15 @@ from tightship.exporters.onnx_assemble import write_graph
 from tightship.exporters.onnx_candidates import candidates
 from tightship.exporters.onnx_candidates.fused import shares_cache
 from tightship.exporters.onnx_candidates.graph_edits import fix_axes
-from tightship.exporters.onnx_candidates.skeleton import Choice, Judge, Skeleton, outputs_of
+from tightship.exporters.onnx_candidates.skeleton import (
+    DECODER,
+    MAIN,
+    SEQ2SEQ,
+    Choice,
+    Judge,
+    Skeleton,
+    outputs_of,
+)
 from tightship.exporters.onnx_schemes import PORTABLE, ROUNDED, fixed_shapes, layouts_of, style_for, style_of
 from tightship.exporters.onnx_speed import speed_notes
 from tightship.exporters.onnx_storage import IN_FLOAT32, storage
@@ -28,7 +38,6 @@ from tightship.layout import Layout
 from tightship.target import Exported, Progress, Refused, Target, TargetPlan, TensorPlan, no_progress, sorted_files
 from tightship.weights import Alias, Dense, Factored, Quantized, Stored
 
-MAIN = "model.onnx"
 TABLES = ("embedding", "position")  # kinds of tensors whose rows are looked up
 
 
@@ -93,10 +102,10 @@ class OnnxExporter:
         choice, skeleton = _graph(checkpoint, self.judge, fused=style.fused)
         fix_axes(skeleton.model, fixed_shapes(checkpoint, plan.target))
         cache = cache_of(skeleton)
-        main = main_of(plan.target)
+        main = main_of(checkpoint, plan.target)
         home = (directory / main).parent
         home.mkdir(exist_ok=True)
-        written = write_graph(skeleton, checkpoint, home, style, progress=progress, name=MAIN)
+        written = write_graph(skeleton, checkpoint, home, style, progress=progress)
         _compare(plan, written)
         write_companions(checkpoint, directory, cache, main)
         details = {"candidates": [judgement.to_json() for judgement in choice.judgements]}
@@ -104,7 +113,7 @@ class OnnxExporter:
 
 
 def reference_graph(checkpoint: Checkpoint, directory: Path, judge: Judge) -> Path:
-    """The plain float32 graph of any checkpoint, weights decoded; returns the path of `model.onnx`.
+    """The plain float32 graph of any checkpoint, weights decoded; returns the path of its main file.
 
     Raises:
         Unsupported: no graph source passes the parity check.
@@ -112,18 +121,24 @@ def reference_graph(checkpoint: Checkpoint, directory: Path, judge: Judge) -> Pa
     decoded = {name: w if isinstance(w, Alias) else _decoded(w) for name, w in checkpoint.weights.items()}
     plain = checkpoint.replace(weights=decoded)
     _, skeleton = _graph(plain, judge, fused=False)
-    write_graph(skeleton, plain, directory, style_of(Target("onnx")), name=MAIN)
-    return directory / MAIN
+    write_graph(skeleton, plain, directory, style_of(Target("onnx")))
+    return directory / main_of(plain, Target("onnx"))
 
 
-def main_of(target: Target) -> str:
-    """Where the graph lies below the artifact's directory: at its root, or in `onnx/` as model hubs have it."""
+def main_of(checkpoint: Checkpoint, target: Target) -> str:
+    """Where the graph lies below the artifact's directory: at its root, or in `onnx/` as model hubs have it.
+
+    Of two graphs it is the decoder's; the encoder's lies beside it.
+    """
     folder = target.options.get("folder")
-    return f"{folder}/{MAIN}" if folder else MAIN
+    name = DECODER if checkpoint.architecture.task == SEQ2SEQ else MAIN
+    return f"{folder}/{name}" if folder else name
 
 
 def cache_of(skeleton: Skeleton) -> Cache | None:
-    """Heads and head size of the first key cache, or None without a cache."""
+    """Heads and head size of the first key cache, or None without a cache, or with one that genai does not know."""
+    if skeleton.encoder is not None:
+        return None
     first = next((v for v in skeleton.model.graph.inputs if str(v.name).startswith("past_key_values.")), None)
     if first is None or first.shape is None:
         return None
@@ -135,7 +150,9 @@ def cache_of(skeleton: Skeleton) -> Cache | None:
 
 def write_companions(checkpoint: Checkpoint, directory: Path, cache: Cache | None, main: str = MAIN) -> None:
     """config.json, tokenizer files, and genai_config.json for decoders that it can describe (those with a cache)."""
-    config = {**checkpoint.config, "transformers.js_config": {"use_external_data_format": {MAIN: True}}}
+    config = dict(checkpoint.config)
+    if Path(main).name == MAIN:  # transformers.js finds data by a graph's own name, so not what two graphs share
+        config["transformers.js_config"] = {"use_external_data_format": {MAIN: True}}
     files = {**checkpoint.files, "config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
     if cache and fits(checkpoint):
         files["genai_config.json"] = genai_config(checkpoint, main, cache)

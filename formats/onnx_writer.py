@@ -5,6 +5,8 @@
 | NAME            | ModelProto: graph, small initializers inline, IR version 10, no docs, paths or producer  |
 | NAME_data       | little-endian tensor bytes, zero-filled gaps, in the order given                         |
 
+Graphs that are written together have one data file; what several of them read lies there once.
+
 A tensor of 1 MiB or more starts at a multiple of 64 KiB (the coarsest allocation granularity, so that it can be
 mapped); smaller ones start at a multiple of 64 bytes. Two initializers may name the same bytes, as different types.
 Definition: ExternalData.md of ONNX.
@@ -13,7 +15,7 @@ Definition: ExternalData.md of ONNX.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -44,7 +46,7 @@ class Initializer:
         shape: logical shape.
         nbytes: bytes in the file (4-bit and 2-bit types are packed, the last byte filled up with zero).
         read: the data as one contiguous array of exactly `nbytes` bytes, any dtype.
-        same_as: name of an earlier initializer whose bytes these are; `read` is not called then.
+        same_as: name of another initializer whose bytes these are; `read` is not called then.
     """
 
     name: str
@@ -78,6 +80,21 @@ def data_layout(sizes: Iterable[int], inline: int = INLINE_BYTES) -> tuple[list[
     return offsets, end
 
 
+@dataclass(frozen=True)
+class Part:
+    """One of several graphs, and its initializers.
+
+    Attributes:
+        model: scrubbed in place when written; initializers it already holds stay inline.
+        own: its own constants, whatever others call theirs.
+        weights: initializers that are the same in every part, where names are the same.
+    """
+
+    model: onnx.ModelProto
+    own: Sequence[Initializer]
+    weights: Sequence[Initializer]
+
+
 def write_onnx(
     model: onnx.ModelProto,
     initializers: Sequence[Initializer],
@@ -85,32 +102,51 @@ def write_onnx(
     name: str = "model.onnx",
     progress: Progress = no_progress,
 ) -> list[str]:
-    """Write the graph of `model` with these initializers; returns the relative names of the files written.
+    """Write one graph with these initializers; see `write_parts`."""
+    return write_parts({name: Part(model, (), initializers)}, directory, f"{name}_data", progress)
 
-    `model` is scrubbed in place; initializers it already holds stay inline. Peak memory is the graph plus the largest
-    single tensor.
+
+def write_parts(
+    parts: Mapping[str, Part], directory: Path, data_name: str, progress: Progress = no_progress
+) -> list[str]:
+    """Write graphs by the names of their files, and one data file; returns the relative names of the files written.
+
+    Peak memory is the graphs plus the largest single tensor.
 
     Raises:
-        Malformed: an initializer's data are not as many bytes as announced.
+        Malformed: an initializer's data are not as many bytes as announced, or two parts differ about a weight.
     """
-    scrub(model)
-    held = [item for item in initializers if not item.same_as]
-    offsets, size = data_layout(i.nbytes for i in held)
-    names = [name]
+    items: dict[tuple[str, str], Initializer] = {}
+    for name, part in parts.items():
+        items |= {(name, item.name): item for item in part.own}
+        for item in part.weights:
+            known = items.setdefault(("", item.name), item)
+            if (known.shape, known.data_type) != (item.shape, item.data_type):
+                raise Malformed(f"graphs read it as {known.shape} and as {item.shape}", tensor=item.name)
+            if item.same_as:
+                items["", item.name] = item
+    held = {key: item for key, item in items.items() if not item.same_as}
+    starts, size = data_layout(i.nbytes for i in held.values())
     if size:
-        names.append(f"{name}_data")
-        with open(directory / names[1], "xb") as stream:
-            for done, (item, offset) in enumerate(zip(held, offsets, strict=True)):
-                if offset is not None:
-                    stream.write(bytes(offset - stream.tell()))
-                    _stream(item, stream)
-                progress(f"write onnx: {item.name}", done + 1, len(held))
-    places = {item.name: offset for item, offset in zip(held, offsets, strict=True)}
-    for item in initializers:
-        _announce(model, item, places.get(item.name), f"{name}_data")
-    with open(directory / name, "xb") as stream:
-        stream.write(model.SerializeToString(deterministic=True))
-    return names
+        _write_data(directory / data_name, list(held.values()), starts, progress)
+    offsets = dict(zip(held, starts, strict=True))
+    for name, part in parts.items():
+        scrub(part.model)
+        for key in [*((name, item.name) for item in part.own), *(("", item.name) for item in part.weights)]:
+            owner = key if key in held else ("", items[key].same_as)
+            _announce(part.model, items[key], held[owner], offsets[owner], data_name)
+        with open(directory / name, "xb") as stream:
+            stream.write(part.model.SerializeToString(deterministic=True))
+    return [*parts, data_name] if size else [*parts]
+
+
+def _write_data(path: Path, items: Sequence[Initializer], offsets: Sequence[int | None], progress: Progress) -> None:
+    with open(path, "xb") as stream:
+        for done, (item, offset) in enumerate(zip(items, offsets, strict=True)):
+            if offset is not None:
+                stream.write(bytes(offset - stream.tell()))
+                _stream(item, stream)
+            progress(f"write onnx: {item.name}", done + 1, len(items))
 
 
 def scrub(model: onnx.ModelProto) -> None:
@@ -158,18 +194,14 @@ def _bytes_of(item: Initializer) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def _announce(model: onnx.ModelProto, item: Initializer, offset: int | None, location: str) -> None:
+def _announce(model: onnx.ModelProto, item: Initializer, owner: Initializer, offset: int | None, location: str) -> None:
+    """Name the bytes of `owner`, which lie at `offset` or stay in the graph, as `item`."""
     proto = model.graph.initializer.add()
-    if item.same_as:
-        proto.CopyFrom(next(known for known in model.graph.initializer if known.name == item.same_as))
-        del proto.dims[:]
     proto.name = item.name
     proto.data_type = item.data_type
     proto.dims.extend(item.shape)
-    if item.same_as:
-        return
     if offset is None:
-        proto.raw_data = bytes(_bytes_of(item))
+        proto.raw_data = bytes(_bytes_of(owner))
         return
     proto.data_location = proto.EXTERNAL
     for key, value in (("location", location), ("offset", offset), ("length", item.nbytes)):

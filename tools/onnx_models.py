@@ -67,6 +67,8 @@ def outline(model: Model) -> Checkpoint:
     resolved = model_class.config_class(**model.config)
     resolved.architectures = [model.kind]
     config = json.loads(resolved.to_json_string(use_diff=False))
+    # T5's class writes that tables are tied, whatever it was told and does.
+    config |= {key: value for key, value in model.config.items() if key == "tie_word_embeddings"}
     assert config["model_type"] == model.model_type, f"{model.kind} is of type {config['model_type']}"
     architecture = architecture_for(config)
     with torch.device("meta"):

@@ -28,6 +28,7 @@ import numpy as np
 from tightship.activations import scheme_of
 from tightship.checkpoint import Checkpoint
 from tightship.exporters.genai_config import fits
+from tightship.exporters.onnx_candidates.skeleton import DECODER_TASKS, SEQ2SEQ
 from tightship.report import Check, judge, not_run
 from tightship.target import TargetPlan
 from tightship.validators.metrics import LogitMeter, compare_hidden
@@ -46,13 +47,13 @@ GELU = "gelu"
 
 @dataclass(frozen=True)
 class Run:
-    """One way to run an artifact. `decode` asks for steps through the cache; `job` holds further keys."""
+    """One way to run an artifact. `decode` asks for steps through the cache; `tasks` are those it is for, or all."""
 
     runtime: str
     module: str
     kind: Literal["graph", "runtime"]
     decode: bool = False
-    decoders_only: bool = False
+    tasks: tuple[str, ...] | None = None
 
     @property
     def mode(self) -> str:
@@ -63,9 +64,9 @@ RUNS: Mapping[str, tuple[Run, ...]] = {
     "gguf": (Run("llama.cpp", "llama_cpp", "graph"), Run("llama.cpp", "llama_cpp", "runtime")),
     "onnx": (
         Run("onnxruntime", "onnx_runtime", "graph"),
-        Run("onnxruntime", "onnx_runtime", "graph", decode=True, decoders_only=True),
+        Run("onnxruntime", "onnx_runtime", "graph", decode=True, tasks=(*DECODER_TASKS, SEQ2SEQ)),
         Run("onnxruntime", "onnx_runtime", "runtime"),
-        Run("onnxruntime-genai", "genai", "runtime", decoders_only=True),
+        Run("onnxruntime-genai", "genai", "runtime", tasks=DECODER_TASKS),
     ),
     "safetensors": (
         Run("transformers", "transformers_client", "graph"),
@@ -77,8 +78,8 @@ DECODED = Run("onnxruntime", "onnx_runtime", "graph")
 
 def runs_for(plan: TargetPlan, checkpoint: Checkpoint) -> list[Run]:
     """The artifact's own runtimes, for the model's task; llama.cpp reads corrections of low rank from an adapter."""
-    decoder = checkpoint.architecture.task == "text-generation"
-    mine = [run for run in RUNS[plan.target.container] if decoder or not run.decoders_only]
+    task = checkpoint.architecture.task
+    mine = [run for run in RUNS[plan.target.container] if run.tasks is None or task in run.tasks]
     if plan.target.container == "gguf" and any(isinstance(w, Sum) for w in checkpoint.weights.values()):
         return [dataclasses.replace(run, module="llama_adapter") for run in mine]
     return [run for run in mine if run.module != "genai" or fits(checkpoint)]
@@ -136,7 +137,7 @@ def figure_with_true_gelu(figures: Mapping[str, Any], target: str) -> Check:
 
 def _median_distance(reference: Outputs, outputs: Outputs, windows: TextWindows) -> float:
     """Median over real positions of |outputs - reference| / |reference|, of the output that is farthest off."""
-    mask = windows.mask.astype(bool)
+    mask = windows.real
     medians = []
     for name in sorted(set(reference) & set(outputs)):
         expected = reference[name][mask].astype(np.float64)
@@ -182,7 +183,7 @@ def compare(reference: Outputs, outputs: Outputs, windows: TextWindows) -> dict[
         ValueError: no output in common, or shapes that differ.
     """
     rows = len(next(iter(outputs.values()))) if outputs else 0
-    mask = windows.mask[:rows].astype(bool)
+    mask = windows.real[:rows]
     found = []
     for name in sorted(set(reference) & set(outputs)):
         expected, got = reference[name][:rows], outputs[name]

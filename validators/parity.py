@@ -25,6 +25,7 @@ from tightship.exporters.onnx_assemble import write_graph
 from tightship.exporters.onnx_candidates.skeleton import (
     DECODER_TASKS,
     IMAGES,
+    SEQ2SEQ,
     Candidate,
     Choice,
     Judgement,
@@ -33,7 +34,7 @@ from tightship.exporters.onnx_candidates.skeleton import (
 from tightship.exporters.onnx_storage import Style
 from tightship.modelview import ModelView
 from tightship.validators.parity_model import small_checkpoint
-from tightship.validators.runtimes.onnx_runtime import Graph, open_session
+from tightship.validators.runtimes.onnx_runtime import open_graph
 from tightship.validators.tolerances import tolerances
 
 Arrays = dict[str, np.ndarray]
@@ -51,7 +52,8 @@ class Case:
     Attributes:
         name: for the report.
         arrays: `input_ids` (b, s), `attention_mask` (b, s), `position_ids` (b, s), `token_type_ids` (b, s),
-            `global_attention_mask` (b, s), int64; or `pixel_values` (b, channels, height, width), float32.
+            `global_attention_mask` (b, s), int64; or `pixel_values` (b, channels, height, width), float32. Where the
+            architecture has two stacks these are the source's, and there is `decoder_input_ids` (b, t).
         prefill: tokens before decoding one by one; 0 for a single pass.
     """
 
@@ -131,8 +133,7 @@ def judge_candidate(candidate: Candidate, small: Checkpoint, expected: Sequence[
     """The verdict on one candidate for one small model. Whatever the candidate raises is its refusal."""
     try:
         with tempfile.TemporaryDirectory() as folder:
-            write_candidate(candidate, small, Path(folder))
-            cases = measure(Path(folder) / "model.onnx", expected)
+            cases = measure(write_candidate(candidate, small, Path(folder)), expected)
     except Exception as error:
         return Judgement(candidate.source, False, None, f"{type(error).__name__}: {_first_line(error)}")
     limit = tolerances().parity[METRIC].threshold
@@ -142,21 +143,23 @@ def judge_candidate(candidate: Candidate, small: Checkpoint, expected: Sequence[
     return Judgement(candidate.source, bool(passed), margin, reason, tuple(cases))
 
 
-def write_candidate(candidate: Candidate, small: Checkpoint, directory: Path) -> None:
-    """The candidate's graph of a model in memory, as `model.onnx`."""
+def write_candidate(candidate: Candidate, small: Checkpoint, directory: Path) -> Path:
+    """The candidate's graph of a model in memory, as a file: `model.onnx`, or the later of two."""
     shapes = {name: tuple(small.resolve(name).shape) for name in small.weights}
     skeleton = candidate.build(small.config, small.architecture, shapes)
+    *_, main = skeleton.graphs
     write_graph(skeleton, small, directory, Style())
+    return directory / main
 
 
 def measure(path: Path, expected: Sequence[Reference]) -> list[tuple[str, float]]:
     """Relative L2 of every case in both modes, graph against the expected outputs."""
     found = []
     for mode in MODES:
-        graph = Graph(open_session(path, mode))
+        graph = open_graph(path, mode)
         for case, outputs in expected:
             got = graph.decode(case.arrays, case.prefill) if case.prefill else graph.outputs(case.arrays)
-            kept = case.arrays["attention_mask"].astype(bool) if "attention_mask" in case.arrays else np.ones(0, bool)
+            kept = _compared(case.arrays)
             for name, value in outputs.items():
                 if name not in got:
                     raise Unsupported(f"the graph gives no {name}")
@@ -168,6 +171,13 @@ def measure(path: Path, expected: Sequence[Reference]) -> list[tuple[str, float]
     return found
 
 
+def _compared(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """(batch, positions) bool of the tokens whose outputs count."""
+    if "decoder_input_ids" in arrays:
+        return np.ones(arrays["decoder_input_ids"].shape, bool)
+    return arrays["attention_mask"].astype(bool) if "attention_mask" in arrays else np.ones(0, bool)
+
+
 def references(small: Checkpoint) -> list[Reference]:
     """Every case with the outputs that transformers computes in one pass without a cache."""
     import torch
@@ -176,7 +186,7 @@ def references(small: Checkpoint) -> list[Reference]:
     module = view.module()
     accepted = inspect.signature(module.forward).parameters
     wanted = outputs_of(small.architecture)
-    decoder = small.architecture.task in DECODER_TASKS
+    decoder = small.architecture.task in (*DECODER_TASKS, SEQ2SEQ)
     found = []
     with view.computing():
         for case in cases_for(small, decoder=decoder):
@@ -213,6 +223,8 @@ def cases_for(small: Checkpoint, *, decoder: bool) -> list[Case]:
             arrays["token_type_ids"] = rng.integers(0, int(small.config["type_vocab_size"]), mask.shape)
         if "attention_window" in small.config and small.architecture.task != "text-classification":
             arrays["global_attention_mask"] = (rng.random(mask.shape) < GLOBAL_SHARE).astype(np.int64)
+        if small.architecture.task == SEQ2SEQ:  # as long as the source, so that the same numbers split it
+            arrays["decoder_input_ids"] = rng.integers(5, int(hyper["vocab"]), mask.shape)
         return Case(name, arrays, prefill)
 
     found = [

@@ -25,6 +25,7 @@ LATENT = {"q_rank": 24, "kv_rank": 32, "nope_dim": 16, "rope_dim": 8, "v_dim": 1
 CONTEXT = 64
 WINDOW = 5
 ORIGINAL_CONTEXT = 16
+BUCKETED = 24
 ATTENTION_CAP, LOGIT_CAP = 3.0, 4.0
 EXPERTS = 4
 MOST_LAYERS = 8
@@ -84,6 +85,8 @@ def small_config(real: Checkpoint) -> dict[str, Any]:
         **LATENT,
         "vocab": VOCABULARY,
         "context": CONTEXT,
+        "dec_heads": HEADS if hyper.get("dec_heads") == heads else HEADS // 2,
+        "dec_ffn": FFN if hyper.get("dec_ffn") == hyper.get("ffn") else FFN // 2,
     }
     if "image" in hyper:  # few patches of the real size
         sizes["image"] = 2 * int(hyper["patch"])
@@ -126,6 +129,8 @@ def _shrink_bounds(config: dict[str, Any]) -> None:
             config[key] = min(config[key], WINDOW)
         elif isinstance(config.get(key), list):  # Longformer: one a layer, each even
             config[key] = [min(size, WINDOW - 1) for size in config[key]]
+    if config.get("relative_attention_max_distance"):
+        config["relative_attention_max_distance"] = min(config["relative_attention_max_distance"], BUCKETED)
     for key, cap in (("attn_logit_softcapping", ATTENTION_CAP), ("final_logit_softcapping", LOGIT_CAP)):
         if config.get(key):
             config[key] = cap
@@ -183,7 +188,12 @@ def _shrink_depth(config: dict[str, Any], real: Checkpoint) -> None:
         depth = min(depth, layers)
         for key, value in listed.items():
             config[key] = value[:depth]
-    _set(config, real.architecture.config["layers"], depth)
+    keys = real.architecture.config
+    _set(config, keys["layers"], depth)
+    # Of two stacks both go by their own words; that one which stands for the encoder may be there as well.
+    _set(config, keys.get("dec_layers"), min(depth, int(real.hyper.get("dec_layers", depth))))
+    if "dec_layers" in keys:
+        _set(config, "num_hidden_layers", depth)
 
 
 def layer_kinds(config: Mapping[str, Any], layers: int) -> list[tuple[Any, ...]]:

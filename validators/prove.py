@@ -16,7 +16,7 @@ import numpy as np
 
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported, UsageError
-from tightship.exporters.to_onnx import MAIN, reference_graph
+from tightship.exporters.to_onnx import reference_graph
 from tightship.report import Check, TargetReport, judge, not_run
 from tightship.target import Exported, TargetPlan, total_bytes
 from tightship.validators import tokenizers_check
@@ -181,7 +181,7 @@ class _Proof:
             return
         with tempfile.TemporaryDirectory(prefix="tightship-reference-", dir=self.settings.scratch) as folder:
             try:
-                reference_graph(
+                graph = reference_graph(
                     decoded_checkpoint(self.prover.compressed, self.plan, stored), Path(folder), self.settings.judge
                 )
             except Unsupported as error:
@@ -192,7 +192,7 @@ class _Proof:
                     )
                 )  # fmt: skip
                 return
-            self._measure(DECODED, Path(folder), MAIN)
+            self._measure(DECODED, Path(folder), graph.name)
 
     def _runs(self) -> None:
         for run in runs_for(self.plan, self.prover.compressed):

@@ -133,7 +133,7 @@ class References:
         windows = self.windows
         self.settings.progress("outputs of the original", 0, 1)
         view = self._view or self._view_of(self.original)
-        found = view.outputs(windows.ids, windows.mask)
+        found = view.outputs(windows.ids, windows.mask, decoder_input_ids=windows.decoder_ids)
         self._view = None  # the module is no longer needed
         return found
 
@@ -150,7 +150,7 @@ class References:
         self.settings.progress("outputs of the compressed checkpoint", 0, 1)
         view = self._view_of(checkpoint)
         with llama_gelus(view.module()) if with_llama_gelu else contextlib.nullcontext():
-            return view.outputs(self.windows.ids, self.windows.mask)
+            return view.outputs(self.windows.ids, self.windows.mask, decoder_input_ids=self.windows.decoder_ids)
 
     @functools.cached_property
     def strings(self) -> list[str]:

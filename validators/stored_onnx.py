@@ -27,6 +27,7 @@ import numpy as np
 
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Malformed
+from tightship.exporters.onnx_candidates.skeleton import graph_files
 from tightship.validators.integers import Piece
 from tightship.validators.onnx_probe import OnnxGraph, unpack_bits
 
@@ -41,7 +42,39 @@ _OPERANDS = ("B", "codes", "scales", "zero_points", "offsets", "table", "divisor
 
 
 class OnnxStored:
-    """See `stored.Stored`."""
+    """See `stored.Stored`. What several graphs read must be the same to each of them."""
+
+    def __init__(self, checkpoint: Checkpoint, path: Path) -> None:
+        self.graphs = [_StoredGraph(checkpoint, file) for file in graph_files(path)]
+
+    def listing(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        return {name: entry for graph in self.graphs for name, entry in graph.listing().items()}
+
+    def value(self, name: str, part: str = "") -> np.ndarray:
+        first, *others = (graph.value(name, part) for graph in self._holding(name, part))
+        if any(not np.array_equal(first, other, equal_nan=True) for other in others):
+            raise Malformed("it has different values in the encoder and in the decoder", tensor=name)
+        return first
+
+    def changed(self, name: str, values: np.ndarray) -> np.ndarray:  # noqa: ARG002 - this container changes nothing
+        return values
+
+    def restored(self, name: str, values: np.ndarray) -> np.ndarray:  # noqa: ARG002 - this container changes nothing
+        return values
+
+    def integers(self, name: str, part: str = "") -> Iterator[Piece] | None:
+        return self._holding(name, part)[0].integers(name, part)
+
+    def _holding(self, name: str, part: str) -> list[_StoredGraph]:
+        found = [graph for graph in self.graphs if graph.runs(name, part)]
+        if not found:
+            files = " and ".join(graph.graph.path.name for graph in self.graphs)
+            raise Malformed(f"{files} have no initializer of {name}{part}", tensor=name)
+        return found
+
+
+class _StoredGraph:
+    """The weights of one graph."""
 
     def __init__(self, checkpoint: Checkpoint, path: Path) -> None:
         self.checkpoint = checkpoint
@@ -53,7 +86,7 @@ class OnnxStored:
     def value(self, name: str, part: str = "") -> np.ndarray:
         shape = self._shape(name, part)
         found: dict[str, list[tuple[Rows, np.ndarray]]] = defaultdict(list)
-        for rows, operands in self._runs(name, part).items():
+        for rows, operands in self.runs(name, part).items():
             if "data" in operands:
                 found["floats"].append((rows, self.graph.floats(operands["data"])))
                 continue
@@ -65,14 +98,9 @@ class OnnxStored:
             raise Malformed(f"as a {' and as a '.join(found)} it has different values", tensor=name)
         return first
 
-    def changed(self, name: str, values: np.ndarray) -> np.ndarray:  # noqa: ARG002 - this container changes nothing
-        return values
-
-    def restored(self, name: str, values: np.ndarray) -> np.ndarray:  # noqa: ARG002 - this container changes nothing
-        return values
-
     def integers(self, name: str, part: str = "") -> Iterator[Piece] | None:
-        runs = sorted(self._runs(name, part).items(), key=lambda item: item[0] or (0, 0))
+        """None for floats."""
+        runs = sorted(self.runs(name, part).items(), key=lambda item: item[0] or (0, 0))
         if "data" in runs[0][1]:
             return None
         cols = self._shape(name, part)[1]
@@ -84,8 +112,8 @@ class OnnxStored:
             weight = getattr(weight, attribute)
         return tuple(weight.shape)
 
-    def _runs(self, name: str, part: str) -> dict[Rows, dict[str, onnx.TensorProto]]:
-        """Rows -> operand -> initializer; `data` is the operand of plain floats."""
+    def runs(self, name: str, part: str) -> dict[Rows, dict[str, onnx.TensorProto]]:
+        """Rows -> operand -> initializer, `data` being the operand of plain floats; empty if it is not in here."""
         pattern = re.compile(
             rf"{re.escape(name)}(?:\.rows(\d+)-(\d+))?{re.escape(part)}(?:\.(?P<operand>(?:lookup\.)?(?:{'|'.join(_OPERANDS)})))?"
         )
@@ -95,8 +123,6 @@ class OnnxStored:
             if match:
                 rows = (int(match[1]), int(match[2])) if match[1] else None
                 found[rows][match["operand"] or "data"] = tensor
-        if not found:
-            raise Malformed(f"model.onnx has no initializer of {name}{part}", tensor=name)
         return found
 
     def _piece(self, operands: Mapping[str, onnx.TensorProto], cols: int) -> Piece:

@@ -13,6 +13,7 @@ from typing import Any
 
 from tightship.checkpoint import Checkpoint
 from tightship.exporters.gguf_lora import RESIDUAL
+from tightship.exporters.onnx_candidates.skeleton import graph_files
 from tightship.formats.gguf_shards import file_names
 from tightship.formats.packings.modules import PACKINGS
 from tightship.report import Check, judge
@@ -140,7 +141,8 @@ def _config(checkpoint: Checkpoint, plan: TargetPlan, directory: Path, exported:
         if key not in _CONFIG_EDITED and published.get(key) != value:
             yield None, f"config.json says {key} = {published.get(key)!r}, the checkpoint {value!r}"
     if plan.target.container == "onnx":
-        yield from _onnx_config(checkpoint, directory, exported)
+        for path in graph_files(directory / exported.main):
+            yield from _onnx_config(checkpoint, directory, path)
     else:
         yield from _index(directory)
 
@@ -166,21 +168,20 @@ def _gguf_config(checkpoint: Checkpoint, path: Path) -> Iterator[Fault]:
         yield "token_embd.weight", f"{len(tokens)} tokens for {int(table.shape[1])} rows of the embedding"
 
 
-def _onnx_config(checkpoint: Checkpoint, directory: Path, exported: Exported) -> Iterator[Fault]:
+def _onnx_config(checkpoint: Checkpoint, directory: Path, path: Path) -> Iterator[Fault]:
     import onnx
 
-    path = directory / exported.main
     model = onnx.load(path, load_external_data=False)
     data = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
     for name in sorted(data):
         if not (path.parent / name).is_file() or Path(name).name != name:
-            yield None, f"{exported.main} wants its data in {name}, which is not beside it"
+            yield None, f"{path.name} wants its data in {name}, which is not beside it"
     domains = {opset.domain for opset in model.opset_import}
     if domains <= {"", "ai.onnx"}:  # the checker knows no contributed operators
         try:
             onnx.checker.check_model(str(path))
         except onnx.checker.ValidationError as error:
-            yield None, f"onnx.checker refuses {exported.main}: {str(error).splitlines()[0]}"
+            yield None, f"onnx.checker refuses {path.name}: {str(error).splitlines()[0]}"
     genai = directory / "genai_config.json"
     if genai.is_file():
         yield from _genai_config(json.loads(genai.read_text("utf-8"))["model"], checkpoint, model)

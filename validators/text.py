@@ -1,14 +1,15 @@
 """The tokens that a proof is made on: a user's text, text that the model writes itself, shipped sentences, or noise.
 
 Decoders predict the token that follows; masked language models predict tokens that `[MASK]` hides; other encoders
-predict nothing, and their outputs are compared as they are.
+predict nothing, and their outputs are compared as they are. A decoder behind an encoder predicts what the original
+wrote to the same source, token by token, whatever the artifact would have written (teacher forcing).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +18,9 @@ import numpy as np
 
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported
-from tightship.modelview import ModelView
-from tightship.texts import codec_of, generated_windows, read_documents, token_windows
+from tightship.exporters.onnx_candidates.skeleton import SEQ2SEQ
+from tightship.modelview import ModelView, shifted
+from tightship.texts import codec_of, generated_targets, generated_windows, read_documents, token_windows
 
 Origin = Literal["file", "shipped", "self", "random"]
 
@@ -33,6 +35,8 @@ _ORIGINS = {
     "random": "random tokens: there is no tokenizer, and the model does not write",
 }
 
+_TARGETS = {True: "which the original wrote to it, sampled at temperature 1", False: "the source once more"}
+
 
 @dataclass(frozen=True)
 class TextWindows:
@@ -45,6 +49,9 @@ class TextWindows:
         targets: (n, length) int64, the token to be predicted at each position, -1 where there is none.
         scored: (n, length) bool, where outputs are compared for loss: all real tokens, but only the hidden ones of a
             masked language model, since the rest it has to copy.
+        decoder_ids: (n, length) int64, what the decoder behind an encoder is given: its start token, then text that the
+            original wrote to the source, or the source itself. `targets` and `scored` are then this text's. None for
+            models of one stack.
     """
 
     ids: np.ndarray
@@ -52,12 +59,19 @@ class TextWindows:
     origin: Origin
     targets: np.ndarray = field(repr=False)
     scored: np.ndarray = field(repr=False)
+    decoder_ids: np.ndarray | None = field(default=None, repr=False)
+
+    @property
+    def real(self) -> np.ndarray:
+        """(n, length) bool: positions whose outputs mean something."""
+        return self.mask.astype(bool) if self.decoder_ids is None else self.scored
 
     def feeds(self, rows: slice) -> dict[str, np.ndarray]:
         """The named inputs of some windows, as runtimes take them."""
         if self.ids.ndim == _PIXEL_AXES:
             return {"pixel_values": self.ids[rows]}
-        return {"input_ids": self.ids[rows], "attention_mask": self.mask[rows]}
+        target = {} if self.decoder_ids is None else {"decoder_input_ids": self.decoder_ids[rows]}
+        return {"input_ids": self.ids[rows], "attention_mask": self.mask[rows], **target}
 
     @property
     def shipped(self) -> bool:
@@ -66,14 +80,17 @@ class TextWindows:
     @property
     def has_real_text(self) -> bool:
         """Somebody else than the model wrote it: perplexities mean something."""
-        return self.origin in ("file", "shipped")
+        return self.decoder_ids is None and self.origin in ("file", "shipped")
 
     @property
     def note(self) -> str:
         """One phrase for the report."""
         if self.ids.ndim == _PIXEL_AXES:
             return f"{len(self.ids)} images of random pixels"
-        return f"{int(self.mask.sum())} tokens in {len(self.ids)} windows, {_ORIGINS[self.origin]}"
+        found = f"{int(self.mask.sum())} tokens in {len(self.ids)} windows, {_ORIGINS[self.origin]}"
+        if self.decoder_ids is None:
+            return found
+        return f"{found}; {int(self.scored.sum())} tokens of a target, {_TARGETS[bool((self.targets >= 0).any())]}"
 
 
 def proof_windows(
@@ -103,19 +120,47 @@ def proof_windows(
     if checkpoint.architecture.task == "image-classification":
         return random_images(checkpoint, windows=windows, seed=seed)
     length = min(length, int(checkpoint.hyper.get("context", length)))
+    found = _read(view, text, write=write, windows=windows, length=length, seed=seed)
+    if checkpoint.architecture.task != SEQ2SEQ:
+        return found
+    return _with_targets(view, found, seed) if write else _repeating(view, found)
+
+
+def _read(
+    view: ModelView, text: str | Path | None, *, write: bool, windows: int, length: int, seed: int
+) -> TextWindows:
+    """What the model is shown, an encoder as well as a decoder."""
+    checkpoint = view.checkpoint
     decoder = checkpoint.architecture.task == "text-generation"
+    tokens = windows * length
+    origin: Origin = "shipped"
     if text is not None:
-        found = token_windows(checkpoint, read_documents(text), tokens=windows * length, sequence=length)
-        return _windows(checkpoint, _full(found) if decoder else found, "file")
-    if decoder and write:
-        written = generated_windows(view, tokens=windows * length, sequence=length, seed=seed)
-        return _windows(checkpoint, written, "self")
-    if not _has_tokenizer(checkpoint):
+        rows, origin = list(token_windows(checkpoint, read_documents(text), tokens=tokens, sequence=length)), "file"
+    elif decoder and write:
+        rows, origin = list(generated_windows(view, tokens=tokens, sequence=length, seed=seed)), "self"
+    elif not _has_tokenizer(checkpoint):
         return random_windows(checkpoint, windows=windows, length=length, seed=seed)
-    if decoder:
-        found = token_windows(checkpoint, [" ".join(_sentences())], tokens=windows * length, sequence=length)
-        return _windows(checkpoint, _full(found), "shipped")
-    return _windows(checkpoint, _shipped(checkpoint, windows, length), "shipped")
+    elif decoder:
+        rows = list(token_windows(checkpoint, [" ".join(_sentences())], tokens=tokens, sequence=length))
+    else:
+        rows = _shipped(checkpoint, windows, length)
+    return _windows(checkpoint, _full(rows) if decoder else rows, origin)
+
+
+def _with_targets(view: ModelView, source: TextWindows, seed: int) -> TextWindows:
+    """What the original writes to the source is the target; what follows its end is not compared."""
+    ids = generated_targets(view, source.ids, source.mask, seed=seed)
+    ends = view.checkpoint.config.get("eos_token_id")
+    ended = np.isin(ids, np.atleast_1d(np.asarray(-1 if ends is None else ends, np.int64)))
+    ended[:, 0] = False  # BART's start token is its end token
+    real = ~np.maximum.accumulate(ended, axis=1)
+    return replace(source, decoder_ids=ids, targets=next_tokens(ids, np.ones_like(ids)), scored=real)
+
+
+def _repeating(view: ModelView, source: TextWindows) -> TextWindows:
+    """The source is the target, too."""
+    ids = shifted(source.ids, view.checkpoint.config)
+    return replace(source, decoder_ids=ids, targets=np.full_like(ids, -1), scored=source.mask == 1)
 
 
 def _full(rows: Sequence[np.ndarray]) -> list[np.ndarray]:

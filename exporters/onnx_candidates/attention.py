@@ -23,7 +23,7 @@ class Sight:
     Attributes:
         mask: float, added to the scores; None where everything is seen.
         turn: (cos, sin, rotated width or 0), or None without rotation.
-        cached: whether keys and values of the past come in.
+        cache: what names of the cache have behind the block's number; None where no past comes in.
         chosen: (batch, sequence) bool, global tokens, or None.
         everything: the mask of global tokens.
         rows: (sequence, sequence) rows of a table of distances, or None.
@@ -32,7 +32,7 @@ class Sight:
 
     mask: ir.Value | None
     turn: Turn | None = None
-    cached: bool = False
+    cache: str | None = None
     chosen: ir.Value | None = None
     everything: ir.Value | None = None
     rows: ir.Value | None = None
@@ -59,13 +59,14 @@ def attention(net: Network, block: int, x: ir.Value, sight: Sight) -> ir.Value:
     q = _turned(net, clipped(net, _head_norm(net, query[0], block, "attn_q_norm", heads)), sight, heads)
     k = _turned(net, clipped(net, _head_norm(net, key[0], block, "attn_k_norm", kv_heads)), sight, kv_heads)
     parts = Parts(q, k, clipped(net, value[0]), heads, kv_heads, score_scale(net, size))
-    past = net.past(block, (kv_heads, size), (kv_heads, size)) if sight.cached else ()
-    seen = with_sinks if net.has(block, "attn_sinks") else plain
-    y = seen(net, block, parts, sight.mask, past)
+    cache = sight.cache
+    past = () if cache is None else net.past(block, (kv_heads, size), (kv_heads, size), cache=cache)
+    sinks = net.has(block, "attn_sinks")
+    y = with_sinks(net, block, parts, sight.mask, past) if sinks else plain(net, parts, sight.mask, past)
     return net.linear(net.shaped(y, (BATCH, SEQUENCE, heads * size)), block, "attn_output")
 
 
-def plain(net: Network, block: int, parts: Parts, mask: ir.Value | None, past: Sequence[ir.Value]) -> ir.Value:
+def plain(net: Network, parts: Parts, mask: ir.Value | None, past: Sequence[ir.Value]) -> ir.Value:
     """The Attention operator, soft cap and cache included."""
     attributes: dict[str, Any] = {"q_num_heads": parts.heads, "kv_num_heads": parts.kv_heads, "scale": parts.scale}
     if net.option("attn_logit_softcapping"):
@@ -73,7 +74,7 @@ def plain(net: Network, block: int, parts: Parts, mask: ir.Value | None, past: S
     inputs = (parts.query, parts.key, parts.value, mask, *past)
     y, *present = net.ops("Attention", *inputs, outputs=1 + len(past), **attributes)
     if past:
-        net.keep(block, present)
+        net.keep(past, present)
     return y
 
 
@@ -82,7 +83,7 @@ def with_sinks(net: Network, block: int, parts: Parts, mask: ir.Value | None, pa
     query = net.heads_first(parts.query, parts.heads)
     new = [net.heads_first(y, parts.kv_heads) for y in (parts.key, parts.value)]
     grown = [net.op("Concat", old, y, axis=2) for old, y in zip(past, new, strict=True)]
-    net.keep(block, grown)
+    net.keep(past, grown)
     one_more = net.integers(0, 0, 0, 0, 0, 0, 1, 0)
     key, value = (net.op("Pad", y, one_more, net.number(0.0)) for y in grown)
     wide = net.op("Expand", mask, net.integers(1, parts.heads, 1, 1))

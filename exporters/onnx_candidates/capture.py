@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tightship.architecture import Architecture
 from tightship.errors import Unsupported
 from tightship.exporters.onnx_candidates.graph_edits import OPSET, name_contract, quiet, split_gemms
-from tightship.exporters.onnx_candidates.skeleton import DECODER_TASKS, IMAGES, Feed, Skeleton, outputs_of
+from tightship.exporters.onnx_candidates.skeleton import DECODER_TASKS, IMAGES, SEQ2SEQ, Feed, Skeleton, outputs_of
 from tightship.exporters.onnx_candidates.tensor_views import meta_tensors, view_of
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ class CaptureCandidate:
     def build(
         self, config: Mapping[str, Any], architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]
     ) -> Skeleton:
+        if architecture.task == SEQ2SEQ:
+            raise Unsupported("an encoder and its decoder are not captured")
         module = hollow_module(config, architecture)
         model = _export(module, architecture)
         feeds = _feeds(model, module, meta_tensors(architecture, config, shapes))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from tightship.exporters.onnx_candidates.attention import Sight, attention
+from tightship.exporters.onnx_candidates.embeddings import embedded, has_places
 from tightship.exporters.onnx_candidates.feed_forward import feed_forward
 from tightship.exporters.onnx_candidates.latent_attention import latent_attention
 from tightship.exporters.onnx_candidates.network import Network
@@ -15,7 +15,6 @@ from tightship.exporters.onnx_candidates.positions import (
     causal_mask,
     kept_tokens,
     rotation,
-    sinusoids,
 )
 from tightship.exporters.onnx_candidates.skeleton import BATCH, SEQUENCE, TOTAL
 from tightship.exporters.onnx_candidates.state_space import state_space
@@ -32,7 +31,7 @@ def decoder(net: Network) -> None:
     mask = net.input("attention_mask", (BATCH, TOTAL))
     if not net.architecture.recurrent:
         _positions(net)  # clients give them to every decoder with keys, whether it reads them or not
-    x = _embedded(net, ids)
+    x = embedded(net, ids, lambda: _positions(net))
     for block, sight in enumerate(_sights(net, ids, mask)):
         x = _block(net, block, x, sight)
     x = net.normed(x, None, "output_norm")
@@ -47,25 +46,11 @@ def _positions(net: Network) -> ir.Value:
     return net.input("position_ids", (BATCH, SEQUENCE))
 
 
-def _embedded(net: Network, ids: ir.Value) -> ir.Value:
-    x = net.lookup("token_embd", ids)
-    if net.has(None, "token_embd_proj"):
-        x = net.linear(x, None, "token_embd_proj")
-    scale = net.family.embed_scale
-    if scale:
-        x = net.scaled(x, math.sqrt(net.width) if scale == "sqrt" else float(net.option(scale)))
-    if net.has(None, "position_embd") or net.family.sinusoidal:
-        rows = net.op("Add", _positions(net), net.integers(net.family.position_offset))
-        placed = sinusoids(net, rows) if net.family.sinusoidal else net.lookup("position_embd", rows)
-        x = net.op("Add", x, placed)
-    return net.norm(x, None, "token_embd_norm") if net.has(None, "token_embd_norm") else x
-
-
 def _sights(net: Network, ids: ir.Value, mask: ir.Value) -> list[Sight]:
     """What each block sees."""
     layers = int(net.hyper["layers"])
     if net.architecture.recurrent:
-        return [Sight(None, cached=True, kept=kept_tokens(net, ids, mask))] * layers
+        return [Sight(None, cache="", kept=kept_tokens(net, ids, mask))] * layers
     window = net.option("sliding_window") or net.option("window_size")
     types = net.option("layer_types") or net.option("attention_layers")
     types = list(types or ["sliding_attention" if window else "full_attention"] * layers)[:layers]
@@ -74,12 +59,12 @@ def _sights(net: Network, ids: ir.Value, mask: ir.Value) -> list[Sight]:
     if net.family.alibi:
         bias = alibi(net, mask, int(net.hyper["heads"]))
         masks = {kind: net.op("Add", value, bias) for kind, value in masks.items()}
-        return [Sight(masks[kind], None, cached=True) for kind in types]
+        return [Sight(masks[kind], None, cache="") for kind in types]
     turns: dict[str, Turn] = {}
-    if not (net.has(None, "position_embd") or net.family.sinusoidal):
+    if not has_places(net):
         turns = {kind: rotation(net, _positions(net), kind) for kind in kinds}
     return [
-        Sight(masks[kind], turns.get(kind) if _rotates(net, block, kind) else None, cached=True)
+        Sight(masks[kind], turns.get(kind) if _rotates(net, block, kind) else None, cache="")
         for block, kind in enumerate(types)
     ]
 

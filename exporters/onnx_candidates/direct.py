@@ -19,7 +19,8 @@ from tightship.exporters.onnx_candidates.encoder import encoder
 from tightship.exporters.onnx_candidates.families import FAMILIES
 from tightship.exporters.onnx_candidates.graph_edits import OPSET
 from tightship.exporters.onnx_candidates.network import Network
-from tightship.exporters.onnx_candidates.skeleton import DECODER_TASKS, IMAGES, Skeleton, outputs_of
+from tightship.exporters.onnx_candidates.sequence_to_sequence import target_decoder
+from tightship.exporters.onnx_candidates.skeleton import DECODER_TASKS, IMAGES, SEQ2SEQ, Skeleton, outputs_of
 from tightship.exporters.onnx_candidates.vision import vision
 
 
@@ -34,12 +35,23 @@ class DirectCandidate:
     ) -> Skeleton:
         family = FAMILIES.get(architecture.family)
         outputs_of(architecture)
-        if family is None or family.encoder == (architecture.task in DECODER_TASKS):
+        two = architecture.task == SEQ2SEQ
+        if family is None or family.encoder == (two or architecture.task in DECODER_TASKS):
             raise Unsupported(f"{architecture.family} for {architecture.task} is not written down here")
         for key, value in family.must:
             if config.get(key, value) != value:
                 raise Unsupported(f"{architecture.family} with {key} = {config[key]!r} is not written down here")
+        if two:
+            return _two_graphs(*(Network(config, architecture, shapes, family, stack) for stack in ("enc", "dec")))
         net = Network(config, architecture, shapes, family)
         writer = vision if architecture.task == IMAGES else encoder if family.encoder else decoder
         writer(net)
         return net.skeleton()
+
+
+def _two_graphs(source: Network, target: Network) -> Skeleton:
+    encoder(source)
+    target_decoder(target)
+    skeleton = target.skeleton()
+    skeleton.encoder = source.skeleton()
+    return skeleton

@@ -25,7 +25,8 @@ def distance_rows(net: Network, ids: ir.Value) -> ir.Value:
     longest = longest if longest > 0 else int(net.option("max_position_embeddings"))
     distances = np.arange(-longest, longest + 1)
     rows = np.clip(_buckets(distances, int(net.option("position_buckets", -1)), longest) + span, 0, 2 * span - 1)
-    return by_distance(net, ids, "rel_embd.rows", rows[::-1].astype(np.int64))
+    places = net.range(net.integer(0), net.length(ids))
+    return by_distance(net, places, places, "rel_embd.rows", rows[::-1].astype(np.int64))
 
 
 def _buckets(distances: np.ndarray, count: int, longest: int) -> np.ndarray:

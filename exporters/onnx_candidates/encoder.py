@@ -6,12 +6,20 @@ from typing import TYPE_CHECKING
 
 from tightship.exporters.onnx_candidates.attention import Sight, attention
 from tightship.exporters.onnx_candidates.disentangled import disentangled, distance_rows
+from tightship.exporters.onnx_candidates.embeddings import embedded, has_places
 from tightship.exporters.onnx_candidates.feed_forward import feed_forward
 from tightship.exporters.onnx_candidates.global_attention import global_attention, global_tokens
 from tightship.exporters.onnx_candidates.graph_builder import INT64
 from tightship.exporters.onnx_candidates.heads import heads
 from tightship.exporters.onnx_candidates.network import Network
-from tightship.exporters.onnx_candidates.positions import bucket_bias, hidden_where_not, kept_keys, near, rotation
+from tightship.exporters.onnx_candidates.positions import (
+    bucket_bias,
+    has_buckets,
+    hidden_where_not,
+    kept_keys,
+    near,
+    rotation,
+)
 from tightship.exporters.onnx_candidates.skeleton import BATCH, SEQUENCE
 
 if TYPE_CHECKING:
@@ -22,7 +30,7 @@ def encoder(net: Network) -> None:
     """The whole graph: token ids in, what the task wants out."""
     ids = net.input("input_ids", (BATCH, SEQUENCE))
     mask = net.input("attention_mask", (BATCH, SEQUENCE))
-    x = _embedded(net, ids)
+    x = _embedded(net, ids) if net.family.encoder else embedded(net, ids, lambda: _positions(net, ids))
     layers = int(net.option("num_hidden_layers", net.hyper["layers"]))
     share = layers // int(net.hyper["layers"])  # ALBERT: so many layers are one block
     sights = _sights(net, ids, mask, layers)
@@ -82,11 +90,12 @@ def _sights(net: Network, ids: ir.Value, mask: ir.Value, layers: int) -> list[Si
         everything = net.op("Expand", hidden_where_not(net, kept), square)
         return [Sight(masks[w], chosen=chosen, everything=everything) for w in windows]
     whole = net.op("Expand", hidden_where_not(net, kept), square)
-    if net.has(None, "rel_bias"):
-        return [Sight(net.op("Add", whole, bucket_bias(net, ids)))] * layers
+    if has_buckets(net):
+        places = net.range(net.integer(0), net.length(ids))
+        return [Sight(net.op("Add", whole, bucket_bias(net, places, places)))] * layers
     if net.has(None, "rel_embd"):
         return [Sight(whole, rows=distance_rows(net, ids))] * layers
-    if net.has(None, "position_embd"):
+    if has_places(net):
         return [Sight(whole)] * layers
     return _rotated(net, ids, kept, whole, layers)
 

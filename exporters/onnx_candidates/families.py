@@ -44,9 +44,9 @@ class Family:
         bare_norms: norms have no parameter at all (OLMo).
         norm_eps: of all norms, where the data file has no key for it.
         activation: where the data file has no key for it.
-        embed_scale: embeddings times `sqrt` of the width, or times a config key.
+        embed_scale: embeddings times `sqrt` of the width (unless `scale_embedding` is false), or times a config key.
         position_offset: rows of the position table before position 0 (OPT).
-        sinusoidal: positions are sines and cosines, computed (XGLM).
+        sinusoidal: positions are sines and cosines, computed: `inclusive` (XGLM) or `published` (Marian) frequencies.
         rotary_width: config key of the rotated width, where the base is 10000 and nothing scales it (GPT-J).
         parallel: attention and MLP read the same stream and are added together; a config key, or the answer.
         post_norm: config key that puts norms behind the residual sums where it is false (OPT).
@@ -75,7 +75,7 @@ class Family:
     activation: str = "gelu"
     embed_scale: str | None = None
     position_offset: int = 0
-    sinusoidal: bool = False
+    sinusoidal: str | None = None
     rotary_width: str | None = None
     parallel: str | bool = False
     post_norm: str | None = None
@@ -104,6 +104,7 @@ _GRANITE = Family(
     logit_scale=("logits_scaling", True),
     routing=Routing(late=True),
 )
+_TWO_STACKS = Family(norm="layer", embed_scale="sqrt")
 _ROUTED = Family(routing=Routing(renormalized="norm_topk_prob"))
 FAMILIES = {
     "llama": Family(),
@@ -134,7 +135,7 @@ FAMILIES = {
     "codegen": Family(parallel=True, interleaved=True, rotary_width="rotary_dim", fused="quarters"),
     "gpt_neo": Family(attention_scale="none"),
     "gpt_bigcode": Family(must=(("multi_query", True), ("scale_attn_weights", True))),
-    "xglm": Family(embed_scale="sqrt", position_offset=2, sinusoidal=True, must=_SCALED),
+    "xglm": Family(embed_scale="sqrt", position_offset=2, sinusoidal="inclusive", must=_SCALED),
     "biogpt": Family(embed_scale="sqrt", position_offset=2, must=_SCALED),
     "granite": _GRANITE,
     "granitemoe": _GRANITE,
@@ -176,4 +177,10 @@ FAMILIES = {
     "nomic_bert": _ENCODER,
     "modernbert": _ENCODER,
     "vit": _ENCODER,
+    "t5": Family(attention_scale="none"),
+    "bart": replace(_TWO_STACKS, position_offset=2),
+    "mbart": replace(_TWO_STACKS, position_offset=2),
+    "marian": replace(_TWO_STACKS, sinusoidal="published"),
+    "pegasus": _TWO_STACKS,
+    "blenderbot": _TWO_STACKS,
 }

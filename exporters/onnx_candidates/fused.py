@@ -21,7 +21,7 @@ import numpy as np
 
 from tightship.architecture import Architecture
 from tightship.errors import Unsupported
-from tightship.exporters.onnx_candidates.skeleton import Candidate, Skeleton
+from tightship.exporters.onnx_candidates.skeleton import DECODER_TASKS, Candidate, Skeleton
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -49,6 +49,8 @@ class FusedCandidate:
     def build(
         self, config: Mapping[str, Any], architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]
     ) -> Skeleton:
+        if architecture.task not in DECODER_TASKS:
+            raise Unsupported("there is no attention with a cache to fuse")
         skeleton = self.inner.build(config, architecture, shapes)
         graph = skeleton.model.graph
         fused = fuse_attention(graph)

@@ -33,7 +33,7 @@ def global_attention(net: Network, block: int, x: ir.Value, sight: Sight) -> ir.
     seen = []
     for end, mask in (("", sight.mask), ("_global", sight.everything)):
         query, key, value = (net.linear(x, block, f"attn_{part}{end}") for part in "qkv")
-        seen.append(plain(net, block, Parts(query, key, value, count, count, size**-0.5), mask, ()))
+        seen.append(plain(net, Parts(query, key, value, count, count, size**-0.5), mask, ()))
     local, wide = seen
     chosen = net.op("Unsqueeze", sight.chosen, net.integers(2))
     y = net.shaped(net.op("Where", chosen, wide, local), (BATCH, SEQUENCE, count * size))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tightship.exporters.onnx_candidates.graph_builder import FLOAT
 from tightship.exporters.onnx_candidates.network import Network
-from tightship.exporters.onnx_candidates.skeleton import BATCH, SEQUENCE
+from tightship.exporters.onnx_candidates.skeleton import BATCH, SEQ2SEQ, SEQUENCE
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -18,7 +18,7 @@ def heads(net: Network, x: ir.Value, mask: ir.Value) -> None:
     if task == "fill-mask":
         logits = net.linear(_transformed(net, x), None, "output", tied="token_embd")
         net.output("logits", logits, (BATCH, SEQUENCE, net.vocabulary))
-    if task in ("fill-mask", "feature-extraction"):
+    if task in ("fill-mask", "feature-extraction", SEQ2SEQ):
         net.output("last_hidden_state", x, (BATCH, SEQUENCE, net.width))
     elif task == "text-classification":
         net.output("logits", net.linear(_pooled(net, x, mask), None, "cls"), (BATCH, net.rows(None, "cls")))

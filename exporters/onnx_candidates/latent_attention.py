@@ -37,7 +37,7 @@ def latent_attention(net: Network, block: int, x: ir.Value, sight: Sight) -> ir.
     sizes = ((query, still + turned), (key, still + turned), (value, width))
     q, k, v = (_joined(net, y, heads, found, size) for y, found in sizes)
     parts = Parts(q, k, v, heads, heads, latent_scale(net, still + turned))
-    y = plain(net, block, parts, sight.mask, net.past(block, (heads, size), (heads, size)))
+    y = plain(net, parts, sight.mask, net.past(block, (heads, size), (heads, size)))
     if size > width:
         kept = net.op("Slice", net.op("Reshape", y, net.integers(0, 0, heads, size)), *map(net.integers, (0, width, 3)))
         y = net.op("Reshape", kept, net.integers(0, 0, -1))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tightship.architecture import Architecture
+from tightship.architecture import Architecture, TensorInfo
 from tightship.errors import Unsupported
 from tightship.exporters.onnx_candidates.families import Family
 from tightship.exporters.onnx_candidates.graph_builder import FLOAT, GraphBuilder
@@ -30,6 +30,7 @@ class Network(GraphBuilder):
         architecture: roles of the tensors.
         shapes: of the stored tensors, matrices (out, in).
         family: what it does that Llama does not.
+        stack: of a model with two: `enc` or `dec`. Roles and hyper-parameters of that stack go by their bare names.
     """
 
     def __init__(
@@ -38,19 +39,23 @@ class Network(GraphBuilder):
         architecture: Architecture,
         shapes: Mapping[str, tuple[int, ...]],
         family: Family,
+        stack: str | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.architecture = architecture
         self.shapes = shapes
         self.family = family
-        self.hyper = architecture.hyper(config)
+        hyper = architecture.hyper(config)
+        own = {k.removeprefix(f"{stack}_"): v for k, v in hyper.items() if stack and k.startswith(f"{stack}_")}
+        self.hyper = {**hyper, **own}
         self._names: dict[tuple[Any, ...], dict[str, str]] = {}
         for name, info in architecture.lookup(config).items():
-            if name in shapes:
+            role = info.rule.role if stack is None else _role_in(stack, info)
+            if name in shapes and role is not None:
                 part = "bias" if name.endswith("bias") else "weight"
-                self._names.setdefault((info.block, info.rule.role, info.expert), {}).setdefault(part, name)
-        self._cache: dict[int, tuple[tuple[Any, ...], ...]] = {}
+                self._names.setdefault((info.block, role, info.expert), {}).setdefault(part, name)
+        self._grown: dict[str, tuple[Any, ...]] = {}
         self._present: list[tuple[str, ir.Value, tuple[Any, ...]]] = []
 
     # What the model is
@@ -115,9 +120,9 @@ class Network(GraphBuilder):
 
     # Layers
 
-    def lookup(self, role: str, indices: ir.Value) -> ir.Value:
+    def lookup(self, role: str, indices: ir.Value, block: int | None = None) -> ir.Value:
         """Rows of a table."""
-        name = self._name(None, role, "weight")
+        name = self._name(block, role, "weight")
         found = self.op("Gather", self._stored(name), indices, axis=0)
         return self.shaped(found, [*(indices.shape or (SEQUENCE,)), self.shapes[name][1]])
 
@@ -162,9 +167,9 @@ class Network(GraphBuilder):
         bias = self._names[block, role, None].get("bias")
         return y if bias is None else self.op("Add", y, self._stored(bias, rows))
 
-    def heads_first(self, x: ir.Value, heads: int) -> ir.Value:
-        """(batch, sequence, heads * size) to (batch, heads, sequence, size)."""
-        return self.op("Transpose", self.op("Reshape", x, self.integers(0, 0, heads, -1)), perm=[0, 2, 1, 3])
+    def heads_first(self, x: ir.Value, heads: int, size: int = -1) -> ir.Value:
+        """(batch, sequence, heads * size) to (batch, heads, sequence, size); a sequence of 0 needs the size."""
+        return self.op("Transpose", self.op("Reshape", x, self.integers(0, 0, heads, size)), perm=[0, 2, 1, 3])
 
     def heads_last(self, x: ir.Value) -> ir.Value:
         """(batch, heads, sequence, size) to (batch, sequence, heads * size)."""
@@ -199,7 +204,8 @@ class Network(GraphBuilder):
 
     def activation(self, x: ir.Value) -> ir.Value:
         """The config's activation."""
-        word = str(self.hyper.get("activation", self.family.activation))
+        # T5 says in one word whether there is a gate, too; what transformers makes of it is told apart
+        word = str(self.option("dense_act_fn") or self.hyper.get("activation", self.family.activation))
         if word in ("silu", "swish"):
             return self.op("Mul", x, self.op("Sigmoid", x))
         if word == "gelu":
@@ -215,17 +221,35 @@ class Network(GraphBuilder):
 
     # Cache
 
-    def past(self, block: int, keys: tuple[int, int], values: tuple[int, int]) -> tuple[ir.Value, ir.Value]:
-        """The cache of a block as it comes in; (heads, size) of keys and of values."""
-        pairs = (("key", keys), ("value", values))
-        found = [self.input(f"past_key_values.{block}.{p}", (BATCH, n, PAST, size), FLOAT) for p, (n, size) in pairs]
-        self._cache[block] = tuple((BATCH, heads, TOTAL, size) for heads, size in (keys, values))
+    def past(
+        self,
+        block: int,
+        keys: tuple[int, int],
+        values: tuple[int, int],
+        *,
+        cache: str = "",
+        lengths: tuple[str, str] = (PAST, TOTAL),
+    ) -> tuple[ir.Value, ir.Value]:
+        """A cache of a block as it comes in.
+
+        Args:
+            block: its number.
+            keys, values: (heads, size).
+            cache: what its names have behind the block's number.
+            lengths: axes of tokens, coming in and going out.
+        """
+        names = [f"past_key_values.{block}{cache}.{part}" for part in ("key", "value")]
+        shapes = [(BATCH, heads, lengths[0], size) for heads, size in (keys, values)]
+        found = [self.input(name, shape, FLOAT) for name, shape in zip(names, shapes, strict=True)]
+        for name, (_, heads, _, size) in zip(names, shapes, strict=True):
+            self._grown[name] = (BATCH, heads, lengths[1], size)
         return found[0], found[1]
 
-    def keep(self, block: int, grown: Sequence[ir.Value]) -> None:
-        """The cache of a block as it goes out."""
-        names = (f"present.{block}.key", f"present.{block}.value")
-        self._present += zip(names, grown, self._cache[block], strict=True)
+    def keep(self, past: Sequence[ir.Value], grown: Sequence[ir.Value]) -> None:
+        """What came in as `past` as it goes out."""
+        for old, value in zip(past, grown, strict=True):
+            name = str(old.name)
+            self._present.append((name.replace("past_key_values", "present", 1), value, self._grown[name]))
 
     def state(self, block: int, word: str, size: Sequence[int]) -> ir.Value:
         """A state of fixed size of a block, (batch, *size), as it comes in."""
@@ -244,3 +268,17 @@ class Network(GraphBuilder):
         shape = self.shapes[name] if rows is None else (rows[1] - rows[0], *self.shapes[name][1:])
         key = name + (f".rows{rows[0]}-{rows[1]}" if rows else "") + (".t" if transpose else "")
         return self.fed(key, Feed(name, rows, transpose), shape[::-1] if transpose else shape)
+
+
+def _role_in(stack: str, info: TensorInfo) -> str | None:
+    """A role as it is called within one of two stacks, None if it belongs to the other.
+
+    Those of the decoder start with `dec_` or `cross_`, those of the encoder with `enc_` or are bare roles of blocks;
+    any other bare role is for both.
+    """
+    role = info.rule.role
+    if role.startswith(("dec_", "enc_")):
+        return role[len("dec_") :] if role.startswith(stack) else None
+    if stack == "enc":
+        return None if role.startswith("cross_") else role
+    return role if info.block is None or role.startswith("cross_") else None

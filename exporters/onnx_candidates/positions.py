@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 Turn = tuple["ir.Value", "ir.Value", int]
+_FARTHEST = 128  # tokens; MPNet has no word for it
 _FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the prompt
 
 
@@ -46,15 +47,19 @@ def _plain_rotation(net: Network, positions: ir.Value, width: int) -> Turn:
 
 
 def sinusoids(net: Network, positions: ir.Value) -> ir.Value:
-    """(batch, sequence, hidden) sines, then cosines, of geometric frequencies from 1 to 1/10000 (tensor2tensor's)."""
+    """(batch, sequence, hidden) sines, then cosines, of geometric frequencies from 1.
+
+    They end at 1/10000 (`inclusive`: tensor2tensor's), or one step before it (`published`: arXiv 1706.03762, 3.5).
+    """
     half = net.width // 2
-    frequencies = np.exp(-np.arange(half) * math.log(10000) / (half - 1)).astype(np.float32)
+    steps = half - 1 if net.family.sinusoidal == "inclusive" else half
+    frequencies = np.exp(-np.arange(half) * math.log(10000) / steps).astype(np.float32)
     angles = _angles(net, positions, net.constant("positions.frequencies", frequencies))
     return net.op("Concat", net.op("Sin", angles), net.op("Cos", angles), axis=-1)
 
 
 def _angles(net: Network, positions: ir.Value, frequencies: ir.Value) -> ir.Value:
-    return net.op("Mul", net.op("Unsqueeze", net.op("Cast", positions, to=FLOAT), net.integers(2)), frequencies)
+    return net.op("Mul", net.op("Unsqueeze", net.op("Cast", positions, to=FLOAT), net.integers(-1)), frequencies)
 
 
 def _partial(net: Network, width: int) -> int:
@@ -116,34 +121,48 @@ def near(net: Network, ids: ir.Value, reach: int) -> ir.Value:
     return net.op("LessOrEqual", net.op("Abs", apart), net.integer(reach))
 
 
-def by_distance(net: Network, ids: ir.Value, name: str, rows: np.ndarray) -> ir.Value:
-    """(sequence, sequence) int64: `rows` (2 n + 1,) of key minus query from -n to n; farther ones count as n away."""
+def by_distance(net: Network, queries: ir.Value, keys: ir.Value, name: str, rows: np.ndarray) -> ir.Value:
+    """(queries, keys) int64: `rows` (2 n + 1,) of key minus query from -n to n; farther ones count as n away.
+
+    `queries` and `keys` are the places of either, int64 vectors.
+    """
     reach = len(rows) // 2
-    places = net.range(net.integer(0), net.length(ids))
-    apart = net.op("Sub", net.op("Unsqueeze", places, net.integers(0)), net.op("Unsqueeze", places, net.integers(1)))
+    apart = net.op("Sub", net.op("Unsqueeze", keys, net.integers(0)), net.op("Unsqueeze", queries, net.integers(1)))
     held = net.op("Clip", apart, net.integer(-reach), net.integer(reach))
     return net.op("Gather", net.constant(name, np.ascontiguousarray(rows)), net.op("Add", held, net.integer(reach)))
 
 
-def bucket_bias(net: Network, ids: ir.Value) -> ir.Value:
-    """(1, heads, sequence, sequence): a learned number for each bucket of distances and head (T5, section 2.1)."""
-    buckets, farthest = net.rows(None, "rel_bias"), 128
-    rows = t5_buckets(np.arange(-farthest, farthest + 1), buckets, farthest)
-    found = net.lookup("rel_bias", by_distance(net, ids, "rel_bias.rows", rows))
+_BUCKETS = ((None, "rel_bias"), (0, "attn_rel_b"))  # a table of the model, or one in the first block of a stack
+
+
+def has_buckets(net: Network) -> bool:
+    """Whether scores get a learned number by distance."""
+    return any(net.has(*place) for place in _BUCKETS)
+
+
+def bucket_bias(net: Network, queries: ir.Value, keys: ir.Value, *, ahead: bool = True) -> ir.Value:
+    """(1, heads, queries, keys): a learned number for each bucket of distances and head (T5, section 2.1).
+
+    `ahead` is whether keys ahead of a query have buckets of their own.
+    """
+    block, role = next(place for place in _BUCKETS if net.has(*place))
+    buckets, farthest = net.rows(block, role), int(net.option("relative_attention_max_distance", _FARTHEST))
+    rows = t5_buckets(np.arange(-farthest, farthest + 1), buckets, farthest, ahead=ahead)
+    found = net.lookup(role, by_distance(net, queries, keys, f"{role}.rows", rows), block)
     return net.op("Unsqueeze", net.op("Transpose", found, perm=[2, 0, 1]), net.integers(0))
 
 
-def t5_buckets(distances: np.ndarray, buckets: int, farthest: int) -> np.ndarray:
-    """Bucket of key minus query, int64: half of them for keys ahead; exact when near, logarithmic up to `farthest`.
+def t5_buckets(distances: np.ndarray, buckets: int, farthest: int, *, ahead: bool = True) -> np.ndarray:
+    """Bucket of key minus query, int64: exact when near, logarithmic up to `farthest`.
 
-    In float32, as transformers rounds them.
+    Half of them are for keys ahead, or none, where those share bucket 0. In float32, as transformers rounds them.
     """
-    half = buckets // 2
+    half = buckets // 2 if ahead else buckets
     exact = half // 2
-    size = np.abs(distances)
+    size = np.abs(distances) if ahead else np.maximum(-distances, 0)
     steps = np.log(np.maximum(size, 1).astype(np.float32) / exact) / math.log(farthest / exact) * (half - exact)
     far = np.minimum(exact + steps.astype(np.int64), half - 1)
-    return np.where(distances > 0, half, 0) + np.where(size < exact, size, far)
+    return np.where(ahead & (distances > 0), half, 0) + np.where(size < exact, size, far)
 
 
 def alibi(net: Network, mask: ir.Value, heads: int) -> ir.Value:

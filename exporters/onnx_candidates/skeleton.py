@@ -11,12 +11,25 @@
 | past_key_values.{i}.key, .value  | float | (batch_size, kv_heads, past_sequence_length, head_dim) |
 | past_conv.{i}, past_ssm.{i}      | float | (batch_size, fixed, fixed), in the place of keys       |
 
+The decoder of two graphs (sequence to sequence); its past has `.decoder` and `.encoder` behind the block's number:
+
+| graph input                             | type  | shape                                                 |
+|-----------------------------------------|-------|-------------------------------------------------------|
+| input_ids                               | int64 | (batch_size, sequence_length)                         |
+| encoder_attention_mask                  | int64 | (batch_size, encoder_sequence_length)                 |
+| encoder_hidden_states                   | float | (batch_size, encoder_sequence_length, hidden)         |
+| past_key_values.{i}.decoder.key, .value | float | (batch_size, heads, past_sequence_length, head_dim)   |
+| past_key_values.{i}.encoder.key, .value | float | (batch_size, heads, 0 or all of the source, head_dim) |
+
 | graph output                     | tasks                          | shape                                           |
 |----------------------------------|--------------------------------|-------------------------------------------------|
-| logits                           | text-generation, fill-mask     | (batch_size, sequence_length, vocabulary)       |
+| logits                           | text-generation, fill-mask,    | (batch_size, sequence_length, vocabulary)       |
+|                                  | text2text-generation           |                                                 |
 | present.{i}.key, .value          | text-generation                | (batch_size, kv_heads, total, head_dim)         |
 | present_conv.{i}, present_ssm.{i} | text-generation               | those of the past                               |
-| last_hidden_state                | feature-extraction, fill-mask  | (batch_size, sequence_length, hidden)           |
+| present.{i}.decoder.key, ...     | text2text-generation           | as the past, grown                              |
+| last_hidden_state                | feature-extraction, fill-mask, | (batch_size, sequence_length, hidden)           |
+|                                  | the encoder of two graphs      |                                                 |
 | logits                           | text-, token-classification    | (batch_size[, sequence_length], labels)         |
 | logits                           | image-classification           | (batch_size, labels)                            |
 | start_logits, end_logits         | question-answering             | (batch_size, sequence_length)                   |
@@ -26,6 +39,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tightship.architecture import Architecture
@@ -36,8 +50,14 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 BATCH, SEQUENCE, TOTAL, PAST = "batch_size", "sequence_length", "total_sequence_length", "past_sequence_length"
+SOURCE, PAST_SOURCE = "encoder_sequence_length", "past_encoder_sequence_length"
 DECODER_TASKS = ("text-generation",)
+SEQ2SEQ = "text2text-generation"
 IMAGES = "image-classification"
+MAIN = "model.onnx"
+# Two graphs, by the names that optimum and transformers.js look for; theirs is called merged since it takes both the
+# start and single steps.
+ENCODER, DECODER = "encoder_model.onnx", "decoder_model_merged.onnx"
 HEADS = {
     "fill-mask": ("logits", "last_hidden_state"),
     "feature-extraction": ("last_hidden_state",),
@@ -67,11 +87,20 @@ class Feed:
 class Skeleton:
     """A float32 graph whose weights are initializers without data; `feeds` says what each of them is.
 
-    Initializers with data (shape constants, rotary tables) are the graph's own.
+    Initializers with data (shape constants, rotary tables) are the graph's own. `encoder` is the graph that runs before
+    this one, in models of two.
     """
 
     model: ir.Model
     feeds: dict[str, Feed]
+    encoder: Skeleton | None = None
+
+    @property
+    def graphs(self) -> dict[str, Skeleton]:
+        """Every graph by the name of its file, in the order in which they run."""
+        if self.encoder is None:
+            return {MAIN: self}
+        return {ENCODER: self.encoder, DECODER: self}
 
 
 class Candidate(Protocol):
@@ -138,17 +167,22 @@ Judge = Callable[[Sequence[Candidate], Checkpoint], Choice]
 """judge(candidates, checkpoint): the first candidate that computes this family, with these flags, correctly."""
 
 
+def graph_files(main: Path) -> list[Path]:
+    """Every graph of an artifact in the order in which they run; `main` is the last of them."""
+    return [main.with_name(ENCODER), main] if main.name == DECODER else [main]
+
+
 def outputs_of(architecture: Architecture) -> tuple[str, ...]:
     """Output names that a graph for this family must have, apart from the KV cache.
 
     Raises:
         Unsupported: a task that has no graph contract.
     """
-    if architecture.task in DECODER_TASKS:
+    if architecture.task in (*DECODER_TASKS, SEQ2SEQ):
         return ("logits",)
     if architecture.task not in HEADS:
         raise Unsupported(
             f"ONNX export of a {architecture.task} model is not mapped",
-            hint=f"mapped tasks: {', '.join((*DECODER_TASKS, *HEADS))}",
+            hint=f"mapped tasks: {', '.join((*DECODER_TASKS, SEQ2SEQ, *HEADS))}",
         )
     return HEADS[architecture.task]

@@ -95,10 +95,13 @@ class ModelView:
         input_ids: np.ndarray,
         attention_mask: np.ndarray | None = None,
         position_ids: np.ndarray | None = None,
+        decoder_input_ids: np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
         """Run the model on `input_ids` (batch, sequence) int64, a few rows at a time.
 
-        Models of images take `pixel_values` (batch, channels, height, width) float32 in their place, and nothing else.
+        Behind an encoder a decoder is given `decoder_input_ids` (batch, length), by default the input once more: its
+        start token, then all but the last. Models of images take `pixel_values` (batch, channels, height, width)
+        float32 in the place of `input_ids`, and nothing else.
 
         Returns float32 arrays: `logits` (batch, sequence, vocabulary), or (batch, labels) for classifiers, and
         `last_hidden_state` (batch, sequence, hidden) for encoders; masked language models give both.
@@ -107,6 +110,9 @@ class ModelView:
 
         module = self.module()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        if module.config.is_encoder_decoder:
+            given_ids = shifted(input_ids, self.checkpoint.config) if decoder_input_ids is None else decoder_input_ids
+            inputs["decoder_input_ids"] = given_ids
         given = {k: torch.from_numpy(np.asarray(v, np.int64)) for k, v in inputs.items() if v is not None}
         if input_ids.ndim == _PIXEL_AXES:
             given = {"pixel_values": torch.from_numpy(np.asarray(input_ids, np.float32))}
@@ -139,8 +145,6 @@ class ModelView:
     def _forward(self, module: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         masked = self.checkpoint.architecture.task == "fill-mask"
         cache = {"use_cache": False} if hasattr(module.config, "use_cache") and module.can_generate() else {}
-        if module.config.is_encoder_decoder:
-            batch = {**batch, "decoder_input_ids": shifted(batch["input_ids"], module.config)}
         found = module(**batch, **cache, output_hidden_states=masked, return_dict=True)
         wanted = {key: found[key] for key in ("logits", "last_hidden_state") if key in found}
         if masked and "last_hidden_state" not in wanted:
@@ -154,16 +158,18 @@ class ModelView:
         return {name: arrays[owner] for name, owner in owners.items()}
 
 
-def shifted(ids: torch.Tensor, config: Any) -> torch.Tensor:
+def start_token(config: Mapping[str, Any]) -> int:
+    """What a decoder behind an encoder begins with, as transformers reads config.json: else its padding, else 0."""
+    found = (config.get(key) for key in ("decoder_start_token_id", "bos_token_id", "pad_token_id"))
+    return next((int(token) for token in found if token is not None), 0)
+
+
+def shifted(ids: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
     """What a decoder is given behind an encoder of `ids` (batch, sequence): its start token, then all but the last.
 
     Both stacks see the same text, so that one array of ids asks for logits at every position.
     """
-    import torch
-
-    start = getattr(config, "decoder_start_token_id", None)
-    first = torch.full_like(ids[:, :1], int(config.pad_token_id or 0) if start is None else int(start))
-    return torch.cat([first, ids[:, :-1]], dim=1)
+    return np.concatenate([np.full_like(ids[:, :1], start_token(config)), ids[:, :-1]], axis=1)
 
 
 def disk_names(checkpoint: Checkpoint) -> list[str]:
@@ -208,7 +214,7 @@ def build_module(checkpoint: Checkpoint, arrays: Mapping[str, np.ndarray]) -> An
 
     state = {name: torch.from_numpy(array) for name, array in arrays.items()}
     module, info = load_module(checkpoint, state)
-    _check_books(module, info, state)
+    _check_books(checkpoint, module, info, state)
     return module
 
 
@@ -248,7 +254,9 @@ def _left_out(checkpoint: Checkpoint, state: Mapping[str, torch.Tensor]) -> dict
     return {} if not poolers or any(name in state for name in poolers) else {"add_pooling_layer": False}
 
 
-def _check_books(module: Any, info: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> None:
+def _check_books(
+    checkpoint: Checkpoint, module: Any, info: Mapping[str, Any], state: Mapping[str, torch.Tensor]
+) -> None:
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     faults = [f"missing: {', '.join(missing[:8])}"] if missing else []
     faults += [f"unexpected: {', '.join(unexpected[:8])}"] if unexpected else []
@@ -261,7 +269,7 @@ def _check_books(module: Any, info: Mapping[str, Any], state: Mapping[str, torch
         )
     # transformers keeps lists of names that it drops or makes up without a word; counting elements sees those too.
     given = _elements(state.values())
-    held = _elements(module.state_dict().values())
+    held = _elements(t for name, t in module.state_dict().items() if not checkpoint.architecture.ignores(name))
     if given != held:
         raise Malformed(
             f"{type(module).__name__} holds {held} elements, the checkpoint gave {given}: "

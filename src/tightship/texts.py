@@ -19,7 +19,7 @@ import numpy as np
 
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Malformed, Unsupported, UsageError
-from tightship.modelview import ModelView
+from tightship.modelview import ModelView, start_token
 
 SHORTEST = 8  # a shorter rest of a document says little; it is left out
 _ROWS_AT_ONCE = 16
@@ -121,7 +121,28 @@ def generated_windows(view: ModelView, *, tokens: int, sequence: int, seed: int)
     return tuple(np.concatenate(parts))
 
 
-def _sample(view: ModelView, starts: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
+def generated_targets(view: ModelView, ids: np.ndarray, mask: np.ndarray, *, seed: int) -> np.ndarray:
+    """(rows, length) int64: what a model of two stacks writes to sources `ids`, after the token it starts with.
+
+    Args:
+        ids, mask: (rows, length) int64, sources and where they are not padding; what is written is as long.
+    """
+    rng = np.random.default_rng(seed)
+    start = start_token(view.checkpoint.config)
+    parts = []
+    for row in range(0, len(ids), _ROWS_AT_ONCE):
+        source = (ids[row : row + _ROWS_AT_ONCE], mask[row : row + _ROWS_AT_ONCE])
+        parts.append(_sample(view, np.full(len(source[0]), start), ids.shape[1], rng, source))
+    return np.concatenate(parts)
+
+
+def _sample(
+    view: ModelView,
+    starts: np.ndarray,
+    length: int,
+    rng: np.random.Generator,
+    source: tuple[np.ndarray, np.ndarray] | None = None,
+) -> np.ndarray:
     """(rows, length) int64. Probabilities and sums are float64, so that a draw does not hang on float32 noise."""
     import torch
 
@@ -130,9 +151,11 @@ def _sample(view: ModelView, starts: np.ndarray, length: int, rng: np.random.Gen
     ids = np.asarray(starts, np.int64).reshape(-1, 1)
     cache: Any = None
     with view.computing():
+        behind = _encoded(view, module, *source) if source else {}
         while ids.shape[1] < length:
             read = torch.from_numpy(ids if cache is None else ids[:, -1:]).to(view.device)
-            found = module(input_ids=read, use_cache=True, **{past: cache})
+            given = {"decoder_input_ids": read, **behind} if behind else {"input_ids": read}
+            found = module(**given, use_cache=True, **{past: cache})
             cache = found.get(past)
             logits = found.logits[:, -1].double().cpu().numpy()
             weights = np.cumsum(np.exp(logits - logits.max(axis=1, keepdims=True)), axis=1)
@@ -141,6 +164,15 @@ def _sample(view: ModelView, starts: np.ndarray, length: int, rng: np.random.Gen
             following = np.minimum(chosen, weights.shape[1] - 1)
             ids = np.concatenate([ids, following[:, None].astype(np.int64)], axis=1)
     return ids
+
+
+def _encoded(view: ModelView, module: Any, ids: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
+    """What every step of a decoder is given of its source."""
+    import torch
+
+    read, seen = (torch.from_numpy(np.asarray(array, np.int64)).to(view.device) for array in (ids, mask))
+    states = module.get_encoder()(input_ids=read, attention_mask=seen, return_dict=True)
+    return {"encoder_outputs": states, "attention_mask": seen}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 from tightship.errors import Malformed
 from tightship.formats.onnx_file import read_onnx
-from tightship.formats.onnx_writer import Initializer, data_layout, write_onnx
+from tightship.formats.onnx_writer import Initializer, Part, data_layout, write_onnx, write_parts
 
 
 def model() -> onnx.ModelProto:
@@ -53,6 +53,29 @@ def test_every_reader_gets_the_arrays_back(tmp_path: Path) -> None:
     session = ort.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     got = session.run(None, {"x": np.zeros((1, 300), np.float32)})[0][0]
     np.testing.assert_array_equal(got, items[0].read())
+
+
+def test_what_two_graphs_read_is_stored_once(tmp_path: Path) -> None:
+    """Weights of one name are one; constants of one name are each graph's own."""
+    large, huge, *_ = initializers()
+    rng = np.random.default_rng(1)
+    own = {name: Initializer.of("own", rng.standard_normal(400).astype(np.float32)) for name in ("a.onnx", "b.onnx")}
+    parts = {name: Part(model(), [item], [large, huge][: 1 + (name == "b.onnx")]) for name, item in own.items()}
+    assert write_parts(parts, tmp_path, "data") == ["a.onnx", "b.onnx", "data"]
+    places = {
+        (name, i.name): next(int(e.value) for e in i.external_data if e.key == "offset")
+        for name in own
+        for i in onnx.load(tmp_path / name, load_external_data=False).graph.initializer
+    }
+    assert places["a.onnx", "large"] == places["b.onnx", "large"]
+    assert len(set(places.values())) == 4
+    for name, item in own.items():
+        found = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(tmp_path / name).graph.initializer}
+        np.testing.assert_array_equal(found["own"], item.read())
+        np.testing.assert_array_equal(found["large"], large.read())
+    other = Initializer.of("large", np.zeros((2, 300), np.float32))
+    with pytest.raises(Malformed, match=r"\(300,\) and as \(2, 300\)"):
+        write_parts({"c.onnx": Part(model(), [], [large]), "d.onnx": Part(model(), [], [other])}, tmp_path, "e")
 
 
 def test_alignment() -> None:

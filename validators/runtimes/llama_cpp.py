@@ -9,14 +9,15 @@ Job: `artifact` and `main` (the GGUF file), `threads`, `mode`, `want`:
 
 | want     | arrays in                              | answer                                                           |
 |----------|----------------------------------------|------------------------------------------------------------------|
-| outputs  | input_ids (b, s), attention_mask       | logits (b, s, vocab); encoders: last_hidden_state (b, s, hidden) |
+| outputs  | input_ids (b, s), attention_mask,      | logits (b, s, vocab); encoders: last_hidden_state (b, s, hidden) |
+|          | decoder_input_ids (b, t) or none       | logits (b, t, vocab) of a decoder behind an encoder              |
 | generate | input_ids (b, s)                       | tokens (b, `tokens`), greedy                                     |
 | tokenize | -- (`texts`, `parse_special`)          | ids: one list a text                                             |
 | vocab    | --                                     | pieces, types, scores, merges, special ids                       |
 
 `decode` (default 0): the last so many positions come from single-token steps through the cache. `pooling: mean | cls`
 (encoders) adds sentence_embedding (b, hidden); it is pooled here, since the wheel does not hand out llama.cpp's pooled
-row. Positions that the mask leaves out are zero.
+row. Positions that the mask leaves out are zero. Without `decoder_input_ids` a decoder is given the source, shifted.
 """
 
 from __future__ import annotations
@@ -154,11 +155,14 @@ def step(context: LlamaContext, ids: np.ndarray, start: int, *, last_only: bool 
 
 def _logits(model: LlamaModel, job: dict[str, Any], arrays: Arrays) -> np.ndarray:
     ids = arrays["input_ids"]
-    out = np.zeros((*ids.shape, model.n_vocab), np.float32)
-    context = new_context(model, job, ids.shape[1])
+    target = arrays.get("decoder_input_ids")
+    out = np.zeros((*ids.shape, model.n_vocab) if target is None else (*target.shape, model.n_vocab), np.float32)
+    context = new_context(model, job, max(ids.shape[1], out.shape[1]))
     for row, kept in enumerate(kept_positions(arrays)):
         context.kv_cache_clear()
-        given = _encoded(model, context, ids[row, kept])
+        given = encoded(model, context, ids[row, kept])
+        if target is not None:
+            given, kept = target[row], np.arange(target.shape[1])  # noqa: PLW2901 - the source's places are used up
         for first, last in chunks(len(kept), int(job.get("decode", 0))):
             step(context, given[first:last], first)
             for place in range(first, last):
@@ -166,7 +170,7 @@ def _logits(model: LlamaModel, job: dict[str, Any], arrays: Arrays) -> np.ndarra
     return out
 
 
-def _encoded(model: LlamaModel, context: LlamaContext, ids: np.ndarray) -> np.ndarray:
+def encoded(model: LlamaModel, context: LlamaContext, ids: np.ndarray) -> np.ndarray:
     """What a decoder is given: `ids`; behind an encoder, which reads them first, a start token and all but the last."""
     if not model.has_encoder():
         return ids
@@ -186,7 +190,7 @@ def _greedy(model: LlamaModel, job: dict[str, Any], prompt: np.ndarray) -> np.nd
     """(tokens,) int64; no stop at an end token, so that lengths are equal."""
     count = int(job["tokens"])
     context = new_context(model, job, len(prompt) + count)
-    prompt = _encoded(model, context, prompt)[: 1 if model.has_encoder() else None]
+    prompt = encoded(model, context, prompt)[: 1 if model.has_encoder() else None]
     for first, last in chunks(len(prompt), 0):
         step(context, prompt[first:last], first)
     found: list[int] = []

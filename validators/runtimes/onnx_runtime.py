@@ -13,7 +13,8 @@ Job: `artifact` (directory), `main` (file name), `mode`, `threads`, `want`:
 | decode  | a prefill of `prefill` tokens (default half), then one token at a time through the KV cache               |
 
 Arrays in: `input_ids` (b, s) int64, optional `attention_mask`, `position_ids`, `token_type_ids` and
-`global_attention_mask` of the same shape; or `pixel_values` (b, channels, height, width) float32.
+`global_attention_mask` of the same shape; or `pixel_values` (b, channels, height, width) float32. Of an encoder and its
+decoder `input_ids` are the source's, and `decoder_input_ids` (b, t) int64 the target's (see onnx_pair.py).
 Position ids default to the count of unmasked tokens before each token. Arrays out: those of the graph's `logits`,
 `last_hidden_state`, `start_logits` and `end_logits` that there are, float32.
 """
@@ -28,10 +29,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tightship.errors import Malformed, Unsupported
+from tightship.exporters.onnx_candidates.skeleton import DECODER, ENCODER
 from tightship.validators.runtimes.fixed_shapes import fixed_axes, in_boxes
 
 if TYPE_CHECKING:
     import onnxruntime as ort
+
+    from tightship.validators.runtimes.onnx_pair import Pair
 
 Arrays = dict[str, np.ndarray]
 FLOAT32_LEVEL = 0
@@ -58,18 +62,29 @@ def run(job: dict[str, Any], arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
 
     path = Path(job["artifact"]) / job["main"]
     mapped = bool(job.get("mapped"))
-    graph = Graph(open_session(path, str(job.get("mode", "graph")), int(job.get("threads", 1)), mapped=mapped))
+    graph = open_graph(path, str(job.get("mode", "graph")), int(job.get("threads", 1)), mapped=mapped)
     parts: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(next(iter(arrays.values()))), _ROWS_AT_ONCE):
         rows = {key: array[start : start + _ROWS_AT_ONCE] for key, array in arrays.items()}
         if job.get("want", "outputs") == "decode":
-            found = graph.decode(rows, int(job.get("prefill") or max(rows["input_ids"].shape[1] // 2, 1)))
+            length = rows.get("decoder_input_ids", rows["input_ids"]).shape[1]
+            found = graph.decode(rows, int(job.get("prefill") or max(length // 2, 1)))
         else:
             found = graph.outputs(rows)
         for key, value in found.items():
             parts.setdefault(key, []).append(value)
     answer = {"version": ort.__version__, "mode": job.get("mode", "graph"), "want": job.get("want", "outputs")}
     return answer, {key: np.concatenate(values) for key, values in parts.items()}
+
+
+def open_graph(path: Path, mode: str, threads: int = 1, *, mapped: bool = False) -> Graph | Pair:
+    """The graph in a file, or a decoder with the encoder beside it; see the module docstring for `mode`."""
+    from tightship.validators.runtimes.onnx_pair import Pair
+
+    def opened(name: str) -> Graph:
+        return Graph(open_session(path.parent / name, mode, threads, mapped=mapped))
+
+    return Pair(opened(ENCODER), opened(DECODER)) if path.name == DECODER else opened(path.name)
 
 
 def open_session(path: Path, mode: str, threads: int = 1, *, mapped: bool = False) -> ort.InferenceSession:
@@ -136,8 +151,8 @@ class Graph:
         given = self._complete(arrays)
         rows, tokens = fixed_axes(next(iter(self.inputs.values())).shape)
         if rows or tokens:
-            return in_boxes(given, rows, tokens, lambda box: self._step(box, {})[0])
-        return self._step(given, self.empty_past(len(next(iter(given.values())))))[0]
+            return in_boxes(given, rows, tokens, lambda box: self.step(box, {})[0])
+        return self.step(given, self.empty_past(len(next(iter(given.values())))))[0]
 
     def decode(self, arrays: Mapping[str, np.ndarray], prefill: int) -> Arrays:
         """`prefill` tokens at once, the rest one by one; outputs joined to the shape of one pass."""
@@ -150,7 +165,7 @@ class Graph:
         for start, stop in [(0, prefill), *((i, i + 1) for i in range(prefill, length))]:
             window = {key: value[:, start:stop] for key, value in given.items()}
             window["attention_mask"] = given["attention_mask"][:, :stop]
-            found, past = self._step(window, past)
+            found, past = self.step(window, past)
             for key, value in found.items():
                 parts.setdefault(key, []).append(value)
         return {key: np.concatenate(values, axis=1) for key, values in parts.items()}
@@ -162,7 +177,7 @@ class Graph:
         step = self._complete({"input_ids": prompt[None].astype(np.int64)})
         found: list[int] = []
         while True:
-            out, past = self._step(step, past)
+            out, past = self.step(step, past)
             found.append(int(out["logits"][0, -1].argmax()))
             if len(found) == count:
                 return np.array(found, np.int64)
@@ -173,9 +188,13 @@ class Graph:
                 "position_ids": np.array([[total - 1]], np.int64),
             }
 
+    def begin(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
+        """The past of a prompt."""
+        return self.advance(arrays, self.empty_past(len(arrays["input_ids"])))[1]
+
     def advance(self, arrays: Mapping[str, np.ndarray], past: Arrays) -> tuple[Arrays, Arrays]:
         """Outputs of the tokens that follow a past, and the past with them in it."""
-        return self._step(self._complete(arrays), past)
+        return self.step(self._complete(arrays), past)
 
     def empty_past(self, batch: int) -> Arrays:
         """A cache of no tokens: keys and values of length 0, states of fixed size as zeros."""
@@ -199,7 +218,8 @@ class Graph:
         others = {name: arrays.get(name, np.zeros_like(ids)).astype(np.int64) for name in _ZERO_UNLESS_GIVEN}
         return {**given, **others}
 
-    def _step(self, given: Mapping[str, np.ndarray], past: Arrays) -> tuple[Arrays, Arrays]:
+    def step(self, given: Mapping[str, np.ndarray], past: Arrays) -> tuple[Arrays, Arrays]:
+        """Outputs, and the grown cache, of those given inputs that the graph takes."""
         feeds = {
             name: value.astype(_TYPES[self.inputs[name].type]) for name, value in given.items() if name in self.inputs
         }

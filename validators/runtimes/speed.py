@@ -12,7 +12,7 @@ answer, seconds and bytes:
 | memory_libraries | the same before the model was opened                                                         |
 
 Token ids are small random numbers: what they say does not change the work. An untimed pass goes before. Encoders have
-no `decode`.
+no `decode`. Of an encoder and its decoder the prompt is the source, and `prefill` ends with the target's first token.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _demand_text(inputs: Iterable[str]) -> None:
 def _onnx_runtime() -> Callable[[dict[str, Any]], Engine]:
     import onnxruntime
 
-    from tightship.validators.runtimes.onnx_runtime import Graph, open_session
+    from tightship.validators.runtimes.onnx_runtime import open_graph
 
     class Own:
         """Our loop; the cache goes from one call to the next as ONNX Runtime gives it."""
@@ -104,13 +104,13 @@ def _onnx_runtime() -> Callable[[dict[str, Any]], Engine]:
 
         def __init__(self, job: dict[str, Any]) -> None:
             path = Path(job["artifact"]) / job["main"]
-            self.graph = Graph(open_session(path, "shipped", int(job["threads"])))
+            self.graph = open_graph(path, "shipped", int(job["threads"]))
             _demand_text(self.graph.inputs)
             self.decode = self._decode if self.graph.past else None
 
         def prefill(self, ids: np.ndarray) -> None:
             self.length = ids.shape[1]
-            self.past = self.graph.advance({"input_ids": ids}, self.graph.empty_past(1))[1]
+            self.past = self.graph.begin({"input_ids": ids})
 
         def _decode(self, count: int) -> None:
             for index in range(self.length, self.length + count):
@@ -170,10 +170,11 @@ def _llama_cpp() -> Callable[[dict[str, Any]], Engine]:
             self.decode = None if encoder else self._decode
 
         def prefill(self, ids: np.ndarray) -> None:
-            self.length = ids.shape[1]
             if not self.encoder:
                 self.context.kv_cache_clear()
-            llama_cpp.step(self.context, ids[0], 0, last_only=not self.encoder)
+            prompt = llama_cpp.encoded(self.model, self.context, ids[0])[: 1 if self.model.has_encoder() else None]
+            self.length = len(prompt)
+            llama_cpp.step(self.context, prompt, 0, last_only=not self.encoder)
 
         def _decode(self, count: int) -> None:
             for index in range(self.length, self.length + count):
@@ -204,14 +205,21 @@ def _transformers() -> Callable[[dict[str, Any]], Engine]:
 
         @torch.inference_mode()
         def prefill(self, ids: np.ndarray) -> None:
+            self.past, self.source = None, {}
+            if self.model.config.is_encoder_decoder:
+                self.source = {"encoder_outputs": self.model.get_encoder()(torch.from_numpy(ids))}
+                self._decode(1)
+                return
             cached = {"use_cache": True} if self.decode else {}
             out = self.model(torch.from_numpy(ids), **cached)
             self.past = out.past_key_values if cached else None
 
         @torch.inference_mode()
         def _decode(self, count: int) -> None:
+            name = "decoder_input_ids" if self.source else "input_ids"
             for _ in range(count):
-                out = self.model(torch.full((1, 1), 7), past_key_values=self.past, use_cache=True)
+                token = {name: torch.full((1, 1), 7)}
+                out = self.model(**token, **self.source, past_key_values=self.past, use_cache=True)
                 self.past = out.past_key_values
 
     return Transformers
