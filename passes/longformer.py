@@ -47,7 +47,7 @@ def as_longformer(checkpoint: Checkpoint, size: int, global_tokens: int) -> Chec
             weights[name] = Alias(borrowers[name])
             continue
         role, *others = identity(info)
-        source = stock.get((role.removesuffix(_GLOBAL), *others))
+        source = stock.get((role.removesuffix(_GLOBAL), *others))  # type: ignore[arg-type]
         if source is None:
             raise Unsupported(f"{checkpoint.architecture.family} has nothing to make it of", tensor=name)
         weights[name] = _fitted(checkpoint.resolve(source), info, int(config["pad_token_id"]))
