@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -217,6 +218,28 @@ def test_transformers_wants_llamas_stream_in_multiples_of_its_heads(tiny: Callab
     assert counts_kept(nine, {"width": 0.3}, 8) == {"width": 72}  # 104 and 96 are no multiples of 9
     assert counts_kept(nine, {"heads": 0.34, "width": 0.2}, 8) == {"heads": 2, "width": 120}
     assert counts_kept(tiny("qwen3"), {"width": 0.06}, 4) == {"width": 60}  # no such rule there
+
+
+def test_where_k_quants_follow_widths_are_whole_super_blocks(tiny: Callable[[str], Checkpoint]) -> None:
+    """Four heads of 64 a key head: one super-block of the output projection; of 32, half a one."""
+    from tightship.recipe import Recipe
+    from tightship.stages import make_stages
+
+    sizes = {"hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 5632}
+    wide = tiny("mistral").replace(config={**tiny("mistral").config, **sizes, "head_dim": 64})
+    narrow = tiny("mistral").replace(config={**wide.config, "head_dim": 32})
+    recipe = {"passes": [{"use": "prune-structured", "with": {"heads": 0.3, "ffn": 0.25}}]}
+    for scheme, multiple, heads, ffn in (("q4_k_m", 256, 6, 4096), ("q8_0", 32, 6, 4224)):
+        targets = [{"to": "gguf", "scheme": scheme}]
+        (stage,), _ = make_stages(Recipe.from_json({"source": "m", **recipe, "targets": targets}))
+        assert stage.work.multiple == multiple  # type: ignore[attr-defined]
+        assert stage.work.counts(wide) == {"heads": heads, "ffn": ffn}  # type: ignore[attr-defined]
+    figures: dict[str, Any] = {}
+    assert counts_kept(narrow, {"heads": 0.2}, 32) == {"heads": 6}  # 1.6 of 8 to go
+    assert counts_kept(narrow, {"heads": 0.4}, 256) == {"heads": 4}  # two of these make one super-block: 4.8 becomes 4
+    step = pass_for("prune-structured", {"ffn": 0.5})
+    step.apply(tiny("llama"), Run(threads=1, report=figures.__setitem__))
+    assert figures["ffn"] == {"asked": 0.5, "share": pytest.approx(1 - 32 / 96), "units": 32}
 
 
 @pytest.mark.parametrize("name", ["mixtral", "llama-tied"])
