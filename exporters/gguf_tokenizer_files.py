@@ -49,7 +49,7 @@ def tokenizer_files(metadata: Metadata) -> dict[str, bytes]:
 def _silent(metadata: Metadata, model: str) -> dict[str, Any]:
     """What llama.cpp takes where a file of this kind says nothing."""
     entry = gguf_vocab_bpe.named(metadata.get("tokenizer.ggml.pre", "default")) or {}
-    assumed = {
+    assumed: dict[str, dict[str, Any]] = {
         "llama": {"add_bos_token": True, "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0},
         "t5": {"add_eos_token": True, "eos_token_id": 1, "unknown_token_id": 2, "padding_token_id": 0},
         "gpt2": {"add_bos_token": bool(entry.get("bos"))},

@@ -1,11 +1,13 @@
-"""Checkpoints that are quantized already: the tensors of their modules as `Quantized` weights, nothing rounded again.
+"""Checkpoints that are quantized already: the tensors of their modules as weights, nothing rounded again.
 
 | quant_method        | read by               | weights                                             |
 |---------------------|-----------------------|-----------------------------------------------------|
 | compressed-tensors  | compressed_tensors.py | affine integers, FP8, MXFP8, MXFP4, NVFP4           |
-| gptq                | gptq.py               | affine integers of 2, 3, 4 or 8 bits                |
+| gptq, auto-round    | gptq.py               | affine integers of 2, 3, 4 or 8 bits                |
 | awq                 | gptq.py               | affine integers of 4 bits                           |
 | fp8                 | fp8.py                | FP8 in tiles, or with one scale for the tensor      |
+| mxfp4               | mxfp4.py              | gpt-oss' experts, decoded                           |
+| bitsandbytes        | bitsandbytes.py       | eight bits a row; four bits, decoded                |
 
 Headers say names and shapes; beside them the scales are read on opening, to know the narrowest type that holds them
 (float16 scales make a matrix fit GGUF). Codes are read when asked for. Adding a method: a module with
@@ -27,19 +29,19 @@ _READERS = {
     "compressed-tensors": "compressed_tensors",
     "gptq": "gptq",
     "awq": "gptq",
+    "auto-round": "gptq",
     "fp8": "fp8",
+    "mxfp4": "mxfp4",
+    "bitsandbytes": "bitsandbytes",
 }
 # What to feed instead of a checkpoint that is refused.
 INSTEAD = {
-    "bitsandbytes": "its weights are rounded while loading: start from the float original",
     "exl2": "ExLlamaV2's trellis is not a grid that others have: start from the original, or a GPTQ of it",
     "exl3": "ExLlamaV3's trellis is not a grid that others have: start from the original, or a GPTQ of it",
     "mlc": "MLC compiles for one device: start from the original, or an AWQ of it",
-    "mxfp4": "gpt-oss' own form: start from a compressed-tensors mxfp4 checkpoint, or a GGUF",
     "torchao": "start from the original, or export it as compressed-tensors",
     "hqq": "start from the original, or a GPTQ of it",
     "quanto": "start from the original",
-    "auto-round": "export it with format auto_gptq or auto_awq, and say so in quant_method",
 }
 
 

@@ -19,7 +19,7 @@ from tightship.formats.layouts.float8 import MXFP8, Float8
 from tightship.formats.layouts.mx import MXFP4, ScaledNVFP4
 from tightship.formats.packings.compressed_tensors import unpack_codes
 from tightship.formats.packings.modules import PACKINGS
-from tightship.formats.quantized.modules import Found, Modules, affine, group_size_of, quantized
+from tightship.formats.quantized.modules import Found, Modules, affine, by_column, group_size_of, quantized
 from tightship.layout import Layout
 from tightship.weights import Dense, Quantized
 
@@ -69,11 +69,11 @@ def _matches(module: str, target: str) -> bool:
 
 def _module(module: str, group: Mapping[str, Any], modules: Modules) -> Quantized:
     name, said = f"{module}.weight", group.get("weights") or {}
-    if modules.peek(module, "weight_g_idx") is not None:
-        raise Unsupported("its columns are in the order of activations (actorder group)", tensor=name)
+    order = modules.take(module, "weight_g_idx")
     tensors = modules.take(module, *_SUFFIXES)
     if said.get("type", "int") == "int":
-        return _integers(name, said, group["format"], tensors)
+        weight = _integers(name, said, group["format"], tensors)
+        return by_column(name, weight, _groups(name, order["weight_g_idx"], weight)) if order else weight
     layout, storage = _float_layout(name, said)
     packing = PACKINGS[storage]
     if packing.main not in tensors or len(tensors[packing.main].shape) != 2:
@@ -85,6 +85,20 @@ def _module(module: str, group: Mapping[str, Any], modules: Modules) -> Quantize
     if isinstance(layout, ScaledNVFP4):
         tensors["weight_global_scale"] = _reshaped(tensors["weight_global_scale"], (1,), name)
     return quantized(name, layout, shape, packing, tensors)
+
+
+def _groups(name: str, order: Dense, weight: Quantized) -> np.ndarray:
+    """(cols,) the group of every column (actorder group); -1 throughout says that they are in their own order.
+
+    Raises:
+        Malformed: a group that is not there, or not one for each column.
+    """
+    found, count = order.read(), weight.layout.blocks_per_row(weight.shape[1])
+    if found.shape == (weight.shape[1],) and (found == -1).all():
+        return np.arange(weight.shape[1]) // (weight.layout.block or weight.shape[1])
+    if found.shape != (weight.shape[1],) or found.min() < 0 or found.max() >= count:
+        raise Malformed(f"weight_g_idx of shape {found.shape} does not name {count} groups", tensor=name)
+    return found
 
 
 def _float_layout(name: str, said: Mapping[str, Any]) -> tuple[Layout, str]:

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ checkpoints. The words are those of `formats/packings/gptq.py`.
+"""GPTQ and AWQ checkpoints, AutoRound's among them. The words are those of `formats/packings/gptq.py`.
 
 | key of quantization_config           | meaning                                                                   |
 |--------------------------------------|---------------------------------------------------------------------------|
@@ -8,8 +8,10 @@
 | checkpoint_format                    | `gptq_v2` stores zero points as they are, `gptq` less one                 |
 | dynamic                              | GPTQModel: `+:REGEX` -> other bits, group_size, sym; `-:REGEX`: in float  |
 | version                              | AWQ: `gemm` is read                                                       |
+| packing_format, extra_config         | AutoRound: `_AUTO_ROUND`; other settings by module, or by an expression   |
 
-Columns in the order of activations (`desc_act` with a permuted g_idx) are refused: a column's group is then anywhere.
+Columns in the order of activations (`desc_act` with a permuted g_idx): a column's group is anywhere, so every column
+becomes a group of its own. The codes stay; safetensors holds them so, other containers take the decoded values.
 """
 
 from __future__ import annotations
@@ -23,26 +25,52 @@ import numpy as np
 from tightship.errors import Malformed, Unsupported
 from tightship.formats.packings.gptq import unpack_awq_zeros, unpack_gptq_zeros
 from tightship.formats.packings.modules import PACKINGS
-from tightship.formats.quantized.modules import Found, Modules, affine, group_size_of, quantized
+from tightship.formats.quantized.modules import Found, Modules, affine, by_column, group_size_of, quantized
 from tightship.weights import Dense, Quantized
 
 _SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+_AUTO_ROUND = {
+    "auto_round:auto_gptq": "gptq",
+    "auto_round:gptq": "gptq",
+    "auto_round:gptqmodel": "gptq_v2",
+    "auto_round": "gptq_v2",
+    "auto_round:auto_awq": "awq",
+    "auto_round:awq": "awq",
+}
 
 
 def read(section: Mapping[str, Any], modules: Modules) -> Found:
     """See `formats.quantized.read_quantized`."""
-    awq = section["quant_method"] == "awq"
-    if awq and str(section.get("version", "gemm")).lower() != "gemm":
-        raise Unsupported(f"AWQ of version {section['version']!r}", hint="gemm is read")
-    storage = "awq" if awq else str(section.get("checkpoint_format", "gptq"))
+    storage = _storage(section)
     if storage not in PACKINGS:
         raise Unsupported(f"GPTQ of checkpoint_format {storage!r}", hint="gptq and gptq_v2 are read")
     return {f"{m}.weight": _module(m, storage, section, modules) for m in modules.names("qweight")}, {}
 
 
+def _storage(section: Mapping[str, Any]) -> str:
+    """The packing's word.
+
+    Raises:
+        Unsupported: a version of AWQ, or a packing of AutoRound, that is not read.
+    """
+    if section["quant_method"] == "awq":
+        if str(section.get("version", "gemm")).lower() != "gemm":
+            raise Unsupported(f"AWQ of version {section['version']!r}", hint="gemm is read")
+        return "awq"
+    if section["quant_method"] == "gptq":
+        return str(section.get("checkpoint_format", "gptq"))
+    word = section.get("packing_format")
+    if word not in _AUTO_ROUND or section.get("data_type", "int") != "int":
+        raise Unsupported(
+            f"AutoRound's packing {word!r} of {section.get('data_type', 'int')!r}",
+            hint=f"read: {', '.join(_AUTO_ROUND)}; or export it as auto_gptq, auto_awq or llm_compressor",
+        )
+    return _AUTO_ROUND[word]
+
+
 def _module(module: str, storage: str, section: Mapping[str, Any], modules: Modules) -> Quantized:
     name = f"{module}.weight"
-    said = {**section, **_override(module, section.get("dynamic") or {})}
+    said = {**section, **_override(module, section)}
     bits = said.get("bits", said.get("w_bit"))
     if bits not in (2, 3, 4, 8):
         raise Unsupported(f"{storage} with {bits!r} bits", tensor=name)
@@ -56,8 +84,7 @@ def _module(module: str, storage: str, section: Mapping[str, Any], modules: Modu
         raise Malformed(f"words of shape {words.shape} and scales of {scales.shape}", tensor=name)
     rows = scales.shape[1]
     cols = words.shape[0] if storage == "awq" else words.shape[0] * 32 // bits
-    if storage != "awq":
-        _check_order(name, tensors, group or cols, cols)
+    order = None if storage == "awq" else _order(name, tensors, group or cols, cols)
     zeros = tensors["qzeros"].read()
     if storage == "awq":
         zero = unpack_awq_zeros(zeros, rows)
@@ -71,31 +98,38 @@ def _module(module: str, storage: str, section: Mapping[str, Any], modules: Modu
             hint="check `sym` and `checkpoint_format` in config.json",
         )
     layout = affine(bits, group if group < cols else 0, scales.read(), zero, symmetric=symmetric)
-    return quantized(name, layout, (rows, cols), PACKINGS[storage], tensors)
+    weight = quantized(name, layout, (rows, cols), PACKINGS[storage], tensors)
+    return weight if order is None else by_column(name, weight, order)
 
 
-def _override(module: str, dynamic: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the first pattern that matches says of a module."""
+def _override(module: str, section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the first pattern that matches says of a module, or AutoRound of its name."""
+    for pattern, said in (section.get("extra_config") or {}).items():
+        if pattern == module or re.fullmatch(pattern, module):
+            return {key: value for key, value in said.items() if value is not None}
+    dynamic: Mapping[str, Any] = section.get("dynamic") or {}
     for pattern, said in dynamic.items():
         if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
             return said
     return {}
 
 
-def _check_order(name: str, tensors: dict[str, Dense], group: int, cols: int) -> None:
-    """An absent g_idx is added; all zeros, as old files have it, say nothing.
+def _order(name: str, tensors: dict[str, Dense], group: int, cols: int) -> np.ndarray | None:
+    """The group of every column where they are in another order than their own; an absent g_idx is added.
+
+    All zeros, as old files have it, say nothing.
 
     Raises:
-        Unsupported: columns are in another order.
+        Malformed: a group that is not there.
     """
     plain = (np.arange(cols) // group).astype(np.int32)
     if "g_idx" not in tensors:
         tensors["g_idx"] = Dense.of(plain)
-    if tensors["g_idx"].shape == (cols,):
-        found = tensors["g_idx"].read()
-        if not np.array_equal(found, plain) and found.any():
-            raise Unsupported(
-                "its columns are in the order of activations (desc_act), which no other format can say",
-                tensor=name,
-                hint="start from a GPTQ made with desc_act=false or static groups, or from the original",
-            )
+    if tensors["g_idx"].shape != (cols,):
+        return None  # its shape is refused with those of the others
+    found = tensors["g_idx"].read()
+    if np.array_equal(found, plain) or not found.any():
+        return None
+    if found.min() < 0 or found.max() > plain[-1]:
+        raise Malformed(f"g_idx names groups {found.min()} to {found.max()} of {plain[-1] + 1}", tensor=name)
+    return found

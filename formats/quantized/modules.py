@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from tightship.formats.packings.modules import ModulePacking
 from tightship.layout import Arrays, Layout
 from tightship.weights import Dense, Quantized
 
-Found = tuple[dict[str, Quantized], dict[str, Activations]]
+Found = tuple[Mapping[str, Dense | Quantized], dict[str, Activations]]
 
 
 class Modules:
@@ -101,6 +102,23 @@ def quantized(
             raise type(error)(error.message, tensor=name, hint=error.hint) from error
 
     return Quantized(layout, shape, read)
+
+
+def by_column(name: str, weight: Quantized, order: np.ndarray) -> Quantized:
+    """A matrix whose columns are in groups `order`, (cols,), wherever they stand: each becomes a group of its own.
+
+    Codes stay, scales and zero points are repeated: the same values.
+
+    Raises:
+        Unsupported: not a layout of integers.
+    """
+    if not isinstance(weight.layout, Affine):
+        raise Unsupported(f"groups in another order, of {weight.layout.name}", tensor=name)
+
+    def read() -> Arrays:
+        return {key: array if key == "codes" else array[:, order] for key, array in weight.read().items()}
+
+    return Quantized(dataclasses.replace(weight.layout, group_size=1), weight.shape, read)
 
 
 def group_size_of(value: Any, name: str) -> int:

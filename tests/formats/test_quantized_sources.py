@@ -165,8 +165,8 @@ def say(key: str, value: Any) -> Callable[[dict[str, torch.Tensor], dict[str, An
     return lambda _tensors, section: section.update({key: value})
 
 
-def permuted(tensors: dict[str, torch.Tensor], _section: dict[str, Any]) -> None:
-    tensors[f"{FIRST}.g_idx"] = tensors[f"{FIRST}.g_idx"].flip(0).contiguous()
+def misplaced(tensors: dict[str, torch.Tensor], _section: dict[str, Any]) -> None:
+    tensors[f"{FIRST}.g_idx"] = tensors[f"{FIRST}.g_idx"] + 1
 
 
 def dropped(suffix: str) -> Callable[[dict[str, torch.Tensor], dict[str, Any]], None]:
@@ -188,7 +188,7 @@ def widened(tensors: dict[str, torch.Tensor], _section: dict[str, Any]) -> None:
         ("pack", dropped("weight_scale"), Malformed, "weight_scale"),
         ("pack", say("sparsity_config", {"targets": ["Linear"]}), Unsupported, "sparse"),
         ("gptq", say("checkpoint_format", "gptq_v2"), Malformed, "not the middle code"),
-        ("gptq", permuted, Unsupported, "order of activations"),
+        ("gptq", misplaced, Malformed, "groups 1 to 2 of 2"),
         ("gptq", dropped("qzeros"), Malformed, "qzeros is missing"),
         ("gptq", widened, Malformed, "its scales has shape"),
         ("gptq", say("bits", 5), Unsupported, "with 5 bits"),
