@@ -20,7 +20,7 @@ from tightship.passes.hessian import loss
 from tightship.passes.masks import finite
 from tightship.passes.prune import Prune, PruneMethod
 from tightship.passes.prune_search import search
-from tightship.passes.prune_survey import global_counts, survey
+from tightship.passes.prune_survey import ablates, global_counts, survey
 from tightship.passes.schedules import Layer, zeros_per_layer
 from tightship.weights import Dense, Quantized, Stored
 
@@ -76,7 +76,11 @@ class CalibratedPrune(PruneMethod):
         entries = _kept(
             run, "survey.json", lambda: {n: _entry(f) for n, f in survey(self, spec, checkpoint, run).items()}
         )
-        return {name: _layer(entry) for name, entry in entries.items()}
+        facts = {name: _layer(entry) for name, entry in entries.items()}
+        if ablates(spec):
+            for name, layer in facts.items():
+                run.report(f"{name} alone", {"divergence": layer.score * layer.size})
+        return facts
 
 
 def _stored(source: Dense | Quantized, solved: Dense | Quantized) -> Stored:

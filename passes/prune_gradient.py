@@ -35,11 +35,23 @@ class Gradient(PruneMethod):
         """(rows, cols) float32, larger stays."""
         return np.abs(w) * mean
 
+    def comparable(
+        self,
+        spec: Prune,  # noqa: ARG002
+        checkpoint: Checkpoint,  # noqa: ARG002
+        run: Run,  # noqa: ARG002
+        scores: Mapping[str, np.ndarray],
+    ) -> dict[str, np.ndarray]:
+        """Scores that one threshold can be put on, whatever their matrix."""
+        return dict(scores)
+
     def prune(self, spec: Prune, checkpoint: Checkpoint, run: Run) -> Mapping[str, Stored]:
         tensors = spec.tensors(checkpoint)
         means = mean_over_windows(checkpoint, run, calibration_windows(checkpoint, run), self.of)
         values = {name: finite(name, weight.value()) for name, weight in tensors.items()}
         scores = {name: self.score(w, means[name]) for name, w in values.items()}
+        if spec.compared == "global":
+            scores = self.comparable(spec, checkpoint, run, scores)
         found: dict[str, Stored] = {}
         for name, mask in _masks(spec, scores).items():
             weight = tensors[name]

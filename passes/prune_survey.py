@@ -28,12 +28,16 @@ _OUTLIER = 5.0  # times the layer's mean score; M of arXiv:2310.05175
 _QUANTILES = 257
 
 
+def ablates(spec: Prune) -> bool:
+    """Whether each matrix is pruned alone to see what the model's output loses."""
+    return spec.score in (None, "kl") and spec.schedule != "owl"
+
+
 def survey(method: CalibratedPrune, spec: Prune, checkpoint: Checkpoint, run: Run) -> dict[str, Layer]:
     """Facts by on-disk name, in the order of the blocks."""
     windows = calibration_windows(checkpoint, run)
     tensors = spec.tensors(checkpoint)
-    wants_kl = spec.score in (None, "kl") and spec.schedule != "owl"
-    alone = StandIns(checkpoint, windows, run) if wants_kl else None
+    alone = StandIns(checkpoint, windows, run) if ablates(spec) else None
     layers: dict[str, Layer] = {}
     for step in walk_blocks(ModelView(checkpoint, threads=run.threads, device=run.device), windows):
         run.progress("survey of blocks", step.index, int(checkpoint.hyper["layers"]))

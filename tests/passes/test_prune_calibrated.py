@@ -106,6 +106,26 @@ def test_sparsegpt_in_other_scopes_is_exact_on_a_model(ember: Checkpoint, scope:
         assert all(np.ptp((w == 0).sum(axis=1)) <= 1 for w in found.values())
 
 
+def test_sensitivity_over_all_tensors_weighs_them_by_their_ablation(ember: Checkpoint) -> None:
+    """The divergence of the report against one computed here, from the logits of the model with that matrix pruned."""
+    figures: dict[str, Mapping[str, Any]] = {}
+    everywhere = Prune(method="sensitivity", sparsity=0.5, scope="global").apply(ember, run_with(figures))
+    zeros = {name: int((w == 0).sum()) for name, w in matrices(everywhere).items()}
+    assert sum(zeros.values()) == sum(w.size for w in matrices(ember).values()) // 2
+    apart = Prune(method="sensitivity", sparsity=0.5).apply(ember, run_with())
+    name = "model.layers.0.mlp.down_proj.weight"
+    ids = np.stack(calibration_windows(ember, run_with()))
+    before, after = (
+        torch.log_softmax(torch.from_numpy(ModelView(c, threads=1).outputs(ids)["logits"]).double(), dim=-1)
+        for c in (ember, ember.with_weights({name: apart.weights[name]}))
+    )
+    divergence = float((before.exp() * (before - after)).sum(dim=-1).mean())
+    assert figures[f"{name} alone"]["divergence"] == pytest.approx(divergence, rel=1e-2)  # weights there are bfloat16
+    hurts = {name: figures[f"{name} alone"]["divergence"] / matrices(ember)[name].size for name in zeros}
+    shares = {name: zeros[name] / matrices(ember)[name].size for name in zeros}
+    assert shares[min(hurts, key=hurts.__getitem__)] > 0.5 > shares[max(hurts, key=hurts.__getitem__)]
+
+
 def test_the_more_a_method_knows_the_less_it_loses(ember: Checkpoint) -> None:
     yardsticks = {}
     for method in ("magnitude", "wanda", "sparsegpt"):
