@@ -52,13 +52,13 @@ SHAPE = {
 }  # fmt: skip
 
 
-KINDS = ["ffn", "heads", "layers", "width", "ffn unlike"]
+KINDS = ["ffn", "heads", "layers", "ffn unlike", "width"]
 DEMO = Path(__file__).parents[1] / "examples" / "ember"
 
 
 def variants(checkpoint: Checkpoint, kinds: list[str], shares: list[float]) -> Iterator[tuple[str, Any]]:
-    """(label, pass) of everything that is tried; what rounds to nothing is left out."""
-    layers = int(checkpoint.hyper["layers"])
+    """(label, pass) of everything that is tried; what rounds to nothing, or to the share before, is left out."""
+    layers, before = int(checkpoint.hyper["layers"]), None
     for kind in kinds:
         for share in shares:
             if kind == "layers":
@@ -70,7 +70,10 @@ def variants(checkpoint: Checkpoint, kinds: list[str], shares: list[float]) -> I
                 step.requires(checkpoint)
             except UsageError:
                 continue
-            yield f"{kind} {share:.0%}", step
+            rounded = (kind, step.counts(checkpoint))  # type: ignore[attr-defined]
+            if rounded != before:
+                yield f"{kind} {share:.0%}", step
+            before = rounded
 
 
 @dataclass
@@ -285,7 +288,7 @@ def main() -> None:
     parser.add_argument("--shares", nargs="*", type=float, default=[0.12, 0.25, 0.5])
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--test-tokens", type=int, default=6144)
-    parser.add_argument("--recovery", type=int, default=32768)
+    parser.add_argument("--recovery", type=int, default=16384)
     parser.add_argument("--rates", nargs="*", type=float, default=[1e-4, 2e-4, 5e-4])
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no new row after so many")
     parser.add_argument("--rounds", type=int, default=3)
