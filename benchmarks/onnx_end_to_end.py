@@ -1,6 +1,7 @@
 """ONNX of a small decoder: export time, memory and speed, against onnxruntime-genai's builder and torch capture.
 
-    python benchmarks/onnx_end_to_end.py [--layers 30] [--rounds 5] [--prompts 128 1024] [--no-capture] [--out DIR]
+    python benchmarks/onnx_end_to_end.py [--layers 30] [--rounds 5] [--prompts 128 512] [--parts exports speed capture]
+                                         [--scratch DIR] [--out DIR]
 
 A Llama of random bfloat16 weights (576 wide, 9 heads over 3, vocabulary 49152, tied; 30 layers are 135 million) is
 written with a small tokenizer. Each export runs in a process of its own and is timed from the open call, imports
@@ -11,11 +12,13 @@ excluded, to the SHA-256 of every file written. Memory is the peak of the proces
 | ours-fp32, -int4    | `onnx:fp32`, `onnx:int4` with embeddings and head; with the parity check of the graph       |
 | ours-fp32-portable  | the same without ONNX Runtime's own operators: plain Attention, RMSNormalization, Add       |
 | ours-int4-portable  | standard operators and INT4 DequantizeLinear                                                |
+| ours-int8-dynamic   | activations rounded by token, standard operators                                            |
 | builder-fp32, -int4 | onnxruntime_genai.models.builder, CPU, block size 32, accuracy level 4 (its defaults)       |
 | capture-fp32        | torch.onnx.export(dynamo=True) of transformers' module, written by the same writer          |
 
 Speed is `tightship bench` in onnxruntime-genai, one thread, artifacts taking turns; ratios are medians over rounds of
-processor time within a round, since wall time depends on what else runs. Writes onnx_end_to_end.json and .md.
+processor time within a round, since wall time depends on what else runs. Writes onnx_end_to_end.json and .md. With
+`--scratch` models stay for a later run, and rounds are added to those in the results: it can be run in pieces.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -83,7 +87,7 @@ def ours(source: str, target: str, scheme: str) -> Callable[[], None]:
     def work() -> None:
         checkpoint, recipe = open_checkpoint(source), Recipe()
         exporter = OnnxExporter(judge=ParityJudge())
-        wanted = Target("onnx", scheme, INT4 if scheme.startswith("int4") else {})
+        wanted = Target("onnx", scheme, INT4 if scheme.startswith("int") else {})
         stage = scheme_stage(checkpoint, wanted, exporter, recipe)
         solved = stage.work.apply(checkpoint, Run(threads=1)) if stage else checkpoint
         exporter.export(solved, exporter.plan(solved, for_container(wanted, recipe)), Path(target))
@@ -95,7 +99,7 @@ def builder(source: str, target: str, precision: str) -> Callable[[], None]:
     from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
     def work() -> None:
-        cache = str(Path(target).with_name("cache"))
+        cache = str(Path(target).parent.with_name("cache"))
         arguments = ("", source, target, precision, "cpu", cache)
         create_model(*arguments, **parse_extra_options(*arguments, ["int4_block_size=32"]))
 
@@ -203,6 +207,7 @@ def ratio(found: dict[str, dict[str, list[float]]], ours_name: str, theirs: str,
     return round(statistics.median(b / a for a, b in pairs), 3)
 
 
+PARTS = ("exports", "speed", "capture")
 PAIRS = (
     ("ours-int4", "builder-int4"),
     ("ours-int4-portable", "builder-int4"),
@@ -210,35 +215,60 @@ PAIRS = (
     ("ours-fp32", "ours-fp32-portable"),
     ("ours-int4", "ours-fp32-portable"),
     ("ours-int4-portable", "ours-fp32-portable"),
+    ("ours-int8-dynamic", "ours-fp32-portable"),
+)
+
+
+MADE = (
+    *(("ours", scheme) for scheme in ("fp32", "int4", "fp32-portable", "int4-portable", "int8-dynamic")),
+    ("builder", "fp32"),
+    ("builder", "int4"),
 )
 
 
 def run_all(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     source, artifacts = scratch / "model", scratch / "artifacts"
-    artifacts.mkdir()
-    make_model(source, options.layers)
-    wanted = [("ours", s) for s in ("fp32", "int4", "fp32-portable", "int4-portable")]
-    wanted += [("builder", "fp32"), ("builder", "int4")]
-    result: dict[str, Any] = {"layers": options.layers, "exports": {}, "speeds": {}, "ratios": []}
-    for kind, scheme in wanted:
-        result["exports"][f"{kind}-{scheme}"] = export(kind, source, artifacts / f"{kind}-{scheme}", scheme)
-    names = [f"{kind}-{scheme}" for kind, scheme in wanted]
-    for prompt in options.prompts:
-        found = result["speeds"][prompt] = speed(artifacts, names, prompt, options.rounds)
-        result["ratios"] += [
-            {"ours": a, "theirs": b, "prompt": prompt, **{p: ratio(found, a, b, p) for p in ("prefill", "decode")}}
-            for a, b in PAIRS
-        ]
-        write(result, options.out)  # what is known so far
-    if options.capture:
+    artifacts.mkdir(exist_ok=True)
+    if not source.exists():
+        make_model(source, options.layers)
+    result = known(options)
+    for kind, scheme in MADE:
+        name = f"{kind}-{scheme}"
+        if "exports" in options.parts or not (artifacts / name).exists():
+            shutil.rmtree(artifacts / name, ignore_errors=True)
+            result["exports"][name] = export(kind, source, artifacts / name, scheme)
+    if "capture" in options.parts:
+        shutil.rmtree(scratch / "capture", ignore_errors=True)
         result["exports"]["capture-fp32"] = export("capture", source, scratch / "capture", "fp32")
+    names = [f"{kind}-{scheme}" for kind, scheme in MADE]
+    for prompt in options.prompts if "speed" in options.parts else ():
+        held = result["speeds"].setdefault(str(prompt), {})
+        for name, parts in speed(artifacts, names, prompt, options.rounds).items():
+            for part, figures in parts.items():
+                held.setdefault(name, {}).setdefault(part, []).extend(figures)
+    result["ratios"] = [
+        {"ours": a, "theirs": b, "prompt": prompt, **{part: ratio(found, a, b, part) for part in ("prefill", "decode")}}
+        for prompt, found in result["speeds"].items()
+        for a, b in PAIRS
+    ]
     return result
 
 
+def known(options: argparse.Namespace) -> dict[str, Any]:
+    """What an earlier run with the same depth and versions has found, to be added to."""
+    path = options.out / "onnx_end_to_end.json"
+    held = json.loads(path.read_text()) if options.scratch and path.exists() else {}
+    if held.get("layers") == options.layers and held.get("versions") == versions():
+        return {key: held[key] for key in ("layers", "exports", "speeds")}
+    return {"layers": options.layers, "exports": {}, "speeds": {}}
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("tightship", "onnxruntime", "onnxruntime-genai", "torch", "transformers")}
+
+
 def write(figures: dict[str, Any], folder: Path) -> None:
-    packages = ("tightship", "onnxruntime", "onnxruntime-genai", "torch", "transformers")
-    about = {"machine": platform.processor() or "x86_64", "versions": {name: version(name) for name in packages}}
-    result = {**about, **figures}
+    result = {"machine": platform.processor() or "x86_64", "versions": versions(), **figures}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "onnx_end_to_end.json").write_text(json.dumps(result, indent=1) + "\n")
     lines = [
@@ -259,8 +289,8 @@ def write(figures: dict[str, Any], folder: Path) -> None:
     lines += ["", "| first | second | prompt | prefill | decode |", "|---|---|---|---|---|"]
     for r in result["ratios"]:
         lines.append(f"| {r['ours']} | {r['theirs']} | {r['prompt']} | {r['prefill']} | {r['decode']} |")
-    losing = [r for r in result["ratios"] if min(r["prefill"], r["decode"]) < 1]
-    told = "; ".join(f"{r['ours']} against {r['theirs']} at {r['prompt']}" for r in losing)
+    cells = [(r, part) for r in result["ratios"] for part in ("prefill", "decode") if r[part] < 1]
+    told = "; ".join(f"{r['ours']} against {r['theirs']}, {part} at {r['prompt']}: {r[part]}" for r, part in cells)
     lines += ["", f"Cells below 1: {told or 'none'}."]
     (folder / "onnx_end_to_end.md").write_text("\n".join(lines) + "\n")
 
@@ -269,16 +299,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[128, 1024])
-    parser.add_argument("--no-capture", dest="capture", action="store_false")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--scratch", type=Path, help="where models stay for a later run")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         child(*options.child)
         return
-    with tempfile.TemporaryDirectory(prefix="onnx-end-to-end-") as scratch:
-        result = run_all(options, Path(scratch))
+    with tempfile.TemporaryDirectory(prefix="onnx-end-to-end-") as folder:
+        scratch = options.scratch or Path(folder)
+        scratch.mkdir(exist_ok=True)
+        result = run_all(options, scratch)
     write(result, options.out)
     print(json.dumps(result["ratios"], indent=1))
 
