@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from tightship.errors import Malformed, Unsupported
 from tightship.exporters.onnx_activations import in_integers
 from tightship.exporters.onnx_candidates.skeleton import MAIN, Skeleton
 from tightship.exporters.onnx_emit import Emitter
+from tightship.exporters.onnx_half import to_half
 from tightship.exporters.onnx_storage import Style
 from tightship.exporters.onnx_units import units_of, unused_tensors
 from tightship.formats.onnx_writer import Initializer, Part, write_parts
@@ -58,16 +60,18 @@ def _filled(skeleton: Skeleton, checkpoint: Checkpoint, style: Style, written: d
         emitter.place(unit)
         found = {item.name: 0 if item.same_as else item.nbytes for item in emitter.initializers[first:]}
         written.setdefault(unit.tensor, {}).update(found)
-    remove_dead_transposes(graph)
+    if style.half:
+        to_half(emitter)
+    remove_dead(graph, ("Transpose", "Cast"))
     own = [_own(value) for value in graph.initializers.values()]
     graph.initializers.clear()
     return Part(ir.serde.serialize_model(skeleton.model), [*own, *emitter.constants], emitter.initializers)
 
 
-def remove_dead_transposes(graph: ir.Graph) -> None:
-    """Transposes of weights that the units have looked through."""
-    for node in list(graph):
-        if node.op_type == "Transpose" and not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
+def remove_dead(graph: ir.Graph, kinds: Collection[str]) -> None:
+    """Nodes of these types that nobody reads: transposes that the units have looked through, casts that were undone."""
+    for node in reversed(list(graph)):
+        if node.op_type in kinds and not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
             graph.remove(node, safe=True)
 
 

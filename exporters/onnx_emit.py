@@ -169,7 +169,8 @@ class Emitter(NodeWriter):
         if not isinstance(weight, Quantized):
             raise Unsupported("a low-rank embedding has no lookup in ONNX", tensor=unit.tensor, hint="leave it dense")
         if not self.style.portable:
-            contrib_rows(self, ids, self._operands(unit.name, weight, table=True), nbits_of(weight), nodes)
+            operands = self._operands(unit.name, weight, table=True)
+            contrib_rows(self, ids, operands, nbits_of(weight), nodes)
             return
         blocked = blocked_of(weight, table=True)
         items = list(operand_initializers(unit.name, weight, self.style, table=True).values())

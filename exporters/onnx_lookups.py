@@ -66,9 +66,7 @@ def contrib_rows(
     writer: NodeWriter, ids: ir.Value, operands: dict[str, ir.Value], spec: NBits, nodes: list[ir.Node]
 ) -> ir.Value:
     """The same with ONNX Runtime's own operator."""
-    rows = operands["scales"].shape
-    assert rows is not None
-    codes = writer.first("Reshape", operands["B"], [writer.integers([int(rows[0]), -1])])
+    codes = writer.first("Reshape", operands["B"], [writer.integers([0, -1])])
     attributes = {"bits": spec.bits, "block_size": spec.block, "gather_axis": 0, "quantize_axis": 1}
     inputs = [codes, ids, operands["scales"], operands["zero_points"]]
     return writer.append(nodes, "GatherBlockQuantized", inputs, attributes, domain="com.microsoft")

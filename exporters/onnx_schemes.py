@@ -4,10 +4,14 @@
 |----------------------|-------------------------------------|----------------------|
 | (none)               | as the passes left them             | as the source has it |
 | fp32, fp16, bf16     | that type, computed in float32      | that type            |
+| fp16-compute         | float16, computed in float16        | float16              |
 | int4, int8, int2     | affine integers, symmetric          | as the source has it |
 | int8-dynamic         | int8, one scale a row               | as the source has it |
 | int8-static          | int8, one scale a row               | as the source has it |
 | any with `-portable` | the same, standard operators only   |                      |
+
+`fp16-compute` keeps norms, softmax, the residual sum and logits in float32 (`onnx_half`). There is no `bf16-compute`:
+ONNX Runtime's CPU has no bfloat16 kernels, so that such a graph could not be proven.
 
 `int8-dynamic` rounds activations to 8 bits in front of each matrix, by the range each token has at that moment: the
 fastest form for long prompts. `int8-static` does so by calibrated ranges (options of the solver: `activations:
@@ -36,7 +40,9 @@ from tightship.layout import Layout
 from tightship.target import Target
 from tightship.weights import Alias, Quantized
 
-FLOATS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
+HALF = "fp16-compute"
+FLOATS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", HALF: "f16"}
+_NO_KERNELS = "bf16-compute"
 INTEGERS = ("int4", "int8", "int2")
 DYNAMIC = "int8-dynamic"
 STATIC = "int8-static"
@@ -56,8 +62,8 @@ def style_of(target: Target) -> Style:
     """
     options = _options(target)
     portable = options.get("profile") == "portable" or (target.scheme or "").endswith(PORTABLE)
-    dynamic = (target.scheme or "").startswith(DYNAMIC)
-    return Style(portable, int(options.get("accuracy_level", 4)), dynamic)
+    scheme = (target.scheme or "").removesuffix(PORTABLE)
+    return Style(portable, int(options.get("accuracy_level", 4)), scheme == DYNAMIC, half=scheme == HALF)
 
 
 def style_for(checkpoint: Checkpoint, target: Target) -> Style:
@@ -90,7 +96,7 @@ def layouts_of(checkpoint: Checkpoint, target: Target) -> dict[str, Layout | str
 
     Raises:
         UsageError: unknown scheme or option.
-        Unsupported: an embedding that no lookup reads.
+        Unsupported: a type that nothing computes in.
     """
     options = _options(target)
     if target.scheme is None:
@@ -99,6 +105,11 @@ def layouts_of(checkpoint: Checkpoint, target: Target) -> dict[str, Layout | str
     stored = {name: w for name, w in checkpoint.weights.items() if not isinstance(w, Alias)}
     if scheme in FLOATS:
         return dict.fromkeys(stored, FLOATS[scheme])
+    if scheme == _NO_KERNELS:
+        raise Unsupported(
+            "ONNX Runtime's CPU has no bfloat16 kernels of MatMul, Attention and GroupQueryAttention",
+            hint="bf16 stores weights so and computes in float32; fp16-compute computes in float16",
+        )
     if scheme not in (*INTEGERS, DYNAMIC, STATIC):
         known = (*FLOATS, *INTEGERS, DYNAMIC, STATIC)
         raise UsageError(

@@ -26,6 +26,10 @@ KERNELS = {
     (8, 128): (2.4, 0.8),
     (8, 256): (2.8, 0.7),
 }
+SLOW_HALF = (
+    "slower than float32 on processors without float16 kernels: ONNX Runtime widens what goes into each product and "
+    "narrows what comes out; store fp16 and compute in float32 there"
+)
 _SLOWER = 0.95
 _FUSED = {"INT4": 4, "UINT4": 4, "INT8": 8, "UINT8": 8}  # DequantizeLinear in front of a MatMul runs in the same kernel
 

@@ -48,12 +48,14 @@ class Style:
         accuracy_level: of MatMulNBits as shipped: 0 or 1 compute in f32, 4 with int8 activations.
         dynamic: inputs of each matrix that has one scale a row are rounded to 8 bits, token by token.
         rounded: the same, for some of them in calibrated ranges, as the checkpoint says.
+        half: products and attention are computed in float16.
     """
 
     portable: bool = False
     accuracy_level: int = 4
     dynamic: bool = False
     rounded: bool = False
+    half: bool = False
 
     @property
     def integers(self) -> bool:

@@ -313,7 +313,7 @@ def _weights(model: onnx.ModelProto, held: Mapping[str, StoredTensor]) -> int:
         counts.update({name: 0 for name in beside.get(node.op_type, ()) if name in held})
         if node.op_type == "MatMulNBits" and names[1] in held:
             counts[names[1]] = max(0, sizes.get("K", 0)) * max(0, sizes.get("N", 0))
-    places = {(t.location, t.offset) if t.location else name: name for name, t in reversed(held.items())}
+    places = {(t.location, t.offset) if t.location else name: name for name, t in reversed(list(held.items()))}
     return sum(counts[name] for name in places.values())
 
 

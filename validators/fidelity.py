@@ -29,6 +29,7 @@ from tightship.activations import scheme_of
 from tightship.checkpoint import Checkpoint
 from tightship.exporters.genai_config import fits
 from tightship.exporters.onnx_candidates.skeleton import DECODER_TASKS, SEQ2SEQ
+from tightship.exporters.onnx_schemes import HALF
 from tightship.report import Check, judge, not_run
 from tightship.target import TargetPlan
 from tightship.validators.metrics import LogitMeter, compare_hidden
@@ -167,6 +168,8 @@ def storage_word(plan: TargetPlan, checkpoint: Checkpoint, run: Run) -> str:
         said = {word for word in said if scheme_of(word).numbers == "int8"}
     if said or scheme.startswith(("int8-dynamic", "int8-static")):
         return "activations"
+    if plan.target.container == "onnx" and scheme.startswith(HALF):
+        return "half"
     return storage_of(plan)
 
 

@@ -19,7 +19,7 @@ from tightship.target import TargetPlan
 
 SOURCE = "tolerances.toml"
 RUNTIMES = ("onnxruntime", "llama.cpp", "transformers", "onnxruntime-genai")
-STORAGES = ("f32", "f16", "bf16", "quantized", "activations", "gelu")
+STORAGES = ("f32", "f16", "bf16", "quantized", "activations", "half", "gelu")
 METRICS = ("rel_l2", "max_abs", "cosine", "top1", "kl_mean", "kl_max", "mismatches", "non_finite")
 _FLAT = ("values", "loss", "parity")
 _SPLIT = ("graph", "runtime")

@@ -14,10 +14,10 @@ from tightship.validators.tolerances import RUNTIMES, parse, storage_of, toleran
 TEXT = (resources.files("tightship.validators") / "tolerances.toml").read_text()
 
 
-def test_fidelity_is_one_in_a_hundred_thousand_everywhere_but_gelu() -> None:
-    """DESIGN 2.5: exact activations agree to 1e-5; only llama.cpp's GELU table may differ more."""
+def test_fidelity_is_one_in_a_hundred_thousand_everywhere_but_gelu_and_float16() -> None:
+    """Exact activations agree to 1e-5; only llama.cpp's GELU table and graphs computed in float16 may differ more."""
     loose = {key for key, entries in tolerances().graph.items() if entries["rel_l2"].threshold != 1e-5}
-    assert loose == {("llama.cpp", "gelu")}
+    assert loose == {("llama.cpp", "gelu"), ("onnxruntime", "half")}
     assert tolerances().graph["llama.cpp", "gelu"]["rel_l2"].threshold == 1e-3
 
 
