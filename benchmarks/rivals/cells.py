@@ -9,7 +9,6 @@ Cell = dict[str, Any]
 GGUF = ("q2_k", "q3_k_m", "q4_k_m", "iq4_xs", "q5_k_m")
 ONNX = ((32, True), (32, False), (128, False))
 SAFETENSORS = ((3, 128), (4, 128), (2, 32), (4, 32))
-PROPAGATED = ("q2_k", "q3_k_m", "int3-g128", "int2-g32")
 CONTROLLED = ("q3_k_m",)
 SUBSETS = ("first", "second", "third")
 
@@ -26,9 +25,8 @@ def gguf_cells() -> list[Cell]:
             "llama-quantize": {"maker": "llama-quantize", "scheme": scheme},
             "ours": {**ours, "with": {"solver": "gptq"}},
             "ours, mixed": {**ours, "with": {"solver": "gptq", "bytes": "same"}},
+            "floor": {**ours, "floor": True, "data_free": True},
         }
-        if scheme in PROPAGATED:
-            makers["ours, propagated"] = {**ours, "with": {"solver": "gptq", "propagate": 0.5}}
         if scheme in CONTROLLED:
             makers["control: moments shuffled"] = {**makers["ours"], "shuffled": True}
             makers["control: the other text"] = {**makers["ours"], "other": True}
@@ -62,8 +60,6 @@ def safetensors_cells() -> list[Cell]:
             "autoround, light": {"maker": "autoround", **theirs},
             "ours": {"maker": "ours", "passes": _ours(layout)},
         }
-        if layout in PROPAGATED:
-            makers["ours, propagated"] = {"maker": "ours", "passes": _ours(layout, propagate=0.5)}
         cells.append({"cell": f"safetensors {layout}", "container": "safetensors", "makers": makers})
     return cells
 

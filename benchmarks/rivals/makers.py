@@ -48,8 +48,10 @@ def ours(job: Job) -> None:
     target = Target(job["container"], job.get("scheme"), job.get("with", {}))
     exporter = _exporter(target.container, exporter_for)
     stage = scheme_stage(checkpoint, target, exporter, Recipe())
-    if stage is not None:
+    if stage is not None and not job.get("floor"):
         checkpoint = stage.work.apply(checkpoint, run)
+    if job.get("floor"):
+        checkpoint, target = _floored(checkpoint, stage.work, run), Target(target.container)
     exporter.export(
         checkpoint, exporter.plan(checkpoint, for_container(target, Recipe())), Path(job["out"]), no_progress
     )
@@ -62,6 +64,15 @@ def _exporter(container: str, exporter_for: Callable[..., Any]) -> Any:
     from tightship.validators.parity import judge
 
     return exporter_for(container, judge=judge)
+
+
+def _floored(checkpoint: Any, scheme: Any, run: Any) -> Any:
+    """Only what lies outside the blocks as the scheme has it, rounded to nearest; the blocks' matrices in Q8_0."""
+    from tightship.passes.quantize import Quantize
+
+    linears = {info.name for info in checkpoint.linears()}
+    layouts = {name: "q8_0" if name in linears else layout for name, layout in scheme.layouts.items()}
+    return Quantize(layouts=layouts).apply(checkpoint, run)
 
 
 def _shuffle_moments() -> None:

@@ -1,17 +1,19 @@
 """Quality at equal bytes, each artifact in its own runtime, against the quantizers that users have.
 
     python benchmarks/rivals/run.py CHECKPOINT --calibration FILE --test FILE --other FILE [--environments DIR]
-        [--only WORD] [--subsets first ...] [--out benchmarks/results]
+        [--only WORD] [--subsets first ...] [--minutes N] [--out benchmarks/results]
 
 Every row is one artifact: KL divergence of the float32 original from it on the same windows of 512 tokens, mean over
 windows; its ratio to the peer's, with a 95 % interval from a bootstrap of pairs of windows in blocks of 3. Rows of
-calibrated makers are made three times, from three disjoint slices of the calibration text (`first`, `second`, `third`:
-consecutive runs of its lines). `bytes` counts what the cell is about: for GGUF the file, elsewhere codes, scales and
-zero points of the blocks' matrices. Time and memory are those of the maker's process, imports included.
+calibrated makers are made from up to three disjoint slices of the calibration text (`first`, `second`, `third`: the
+beginning of each third of its lines). `bytes` counts what the cell is about: for GGUF the file, elsewhere codes, scales
+and zero points of the blocks' matrices. Time (of the processor, all threads) and memory are those of the maker's
+process, imports included.
 
 GGUF is computed by llama.cpp as shipped, ONNX by ONNX Runtime (accuracy level 0 for all), safetensors by transformers
-with compressed-tensors, AutoRound's by its own loader, the last two in float32. Results are written after every row; a
-row that is there is not made again.
+with compressed-tensors, AutoRound's by its own loader, the last two in float32. A `floor` is the same file with the
+blocks in Q8_0: what embeddings and llama.cpp's rounding of activations cost by themselves. Results are written after
+every row; a row that is there is not made again.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -33,7 +34,6 @@ from typing import Any
 import numpy as np
 from cells import SUBSETS, gguf_cells, lossless_cells, onnx_cells, safetensors_cells
 from environments import PACKAGES, python_of
-from makers import MAKERS
 from measure import artifact_bytes, kl_by_window, table
 
 from tightship.modelview import ModelView
@@ -92,7 +92,7 @@ class Bench:
         seconds, peak = self._timed(job)
         kl = kl_by_window(self.original, self._logits(job))
         return {
-            "cell": cell["cell"], "maker": name, "subset": subset, "kl": [round(float(v), 8) for v in kl],
+            "cell": cell["cell"], "maker": name, "subset": subset, "kl": [float(f"{v:.6g}") for v in kl],
             "bytes": artifact_bytes(job["container"], out), "seconds": round(seconds, 1), "peak_mib": peak,
         }  # fmt: skip
 
@@ -124,13 +124,10 @@ class Bench:
             self._timed(job)
         return out
 
-    def _timed(self, job: dict[str, Any]) -> tuple[float, int | None]:
-        """Seconds and peak memory (MiB, resident) of the maker's process; forked, seconds alone and without imports."""
-        if self.options.fork and job["maker"] in MAKERS:
-            return self._forked(job), None
+    def _timed(self, job: dict[str, Any]) -> tuple[float, int]:
+        """Processor seconds and peak memory (MiB, resident) of the maker's process."""
         file = self.scratch / "job.json"
         file.write_text(json.dumps(job))
-        began = time.perf_counter()
         with (self.scratch / "log").open("w") as log:
             process = subprocess.Popen(self._command(job, file), env=self._environment(), stdout=log, stderr=log)
             _, status, usage = os.wait4(process.pid, 0)
@@ -138,16 +135,7 @@ class Bench:
         if process.returncode:
             tail = (self.scratch / "log").read_text()[-2000:]
             raise SystemExit(f"{job['maker']} failed with {process.returncode}: {tail}")
-        return time.perf_counter() - began, usage.ru_maxrss // 1024
-
-    def _forked(self, job: dict[str, Any]) -> float:
-        began = time.perf_counter()
-        process = multiprocessing.get_context("fork").Process(target=MAKERS[job["maker"]], args=(job,))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise SystemExit(f"{job['maker']} failed with {process.exitcode}")
-        return time.perf_counter() - began
+        return usage.ru_utime + usage.ru_stime, usage.ru_maxrss // 1024
 
     def _command(self, job: dict[str, Any], file: Path) -> list[str]:
         if job["maker"] == "llm-compressor":
@@ -203,7 +191,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test-windows", type=int, default=18)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--subsets", nargs="*", default=list(SUBSETS))
-    parser.add_argument("--fork", action="store_true", help="our interpreter's imports only once; memory is not told")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row after so long")
     parser.add_argument("--only", nargs="*", default=[], help="cells and makers whose `cell: maker` holds a word")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     return parser.parse_args()
@@ -220,12 +208,15 @@ def main() -> None:
         "versions": {n: version(n) for n in ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "cyllama")},
         "rivals": {name: packages[0] for name, packages in PACKAGES.items()},
     }  # fmt: skip
+    known = {(row["cell"], row["maker"], row["subset"]) for row in report["rows"]}
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, Path(folder))
         for subset, cell, name in jobs(options):
-            known = {(row["cell"], row["maker"], row["subset"]) for row in report["rows"]}
             if (cell["cell"], name, subset) in known:
                 continue
+            if time.monotonic() - began > 60 * options.minutes:
+                break
             row = bench.row(cell, name, cell["makers"][name], subset)
             report["rows"].append(row)
             print(cell["cell"], name, subset, np.mean(row["kl"]), row["bytes"], row["seconds"], flush=True)

@@ -16,7 +16,7 @@ Q4_1 and Q5_1, whose minimum is stored as float16); 8 bits have no such twin and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -67,6 +67,16 @@ class Affine(Layout):
     @property
     def keeps_zero(self) -> bool:
         return True
+
+    @property
+    def refittable(self) -> dict[str, tuple[float, float]]:
+        reach = F16_MAX if self.scale_dtype == "f16" else float(np.finfo(np.float32).max)
+        whole = {} if self.symmetric else {"zero_point": (float(self.lo), float(self.hi))}
+        return {**whole, "scale": (-reach, reach)}
+
+    def stored(self, key: str, x: np.ndarray) -> np.ndarray:
+        narrow = key == "scale" and not self.symmetric and self.bits < 8
+        return super().stored(key, to_significant(x, 11 - self.bits) if narrow else x)
 
     @property
     def lo(self) -> int:
@@ -195,7 +205,12 @@ class Affine(Layout):
 
 def round_up_significant(x: np.ndarray, bits: int) -> np.ndarray:
     """Smallest float32 >= x (x >= 0) with at most `bits` significant bits that float16 can hold."""
+    return to_significant(x, bits, np.ceil).astype(np.float32)
+
+
+def to_significant(x: np.ndarray, bits: int, whole: Callable[[np.ndarray], np.ndarray] = np.rint) -> np.ndarray:
+    """float64 with at most `bits` significant bits that float16 can hold; `whole` says which way to round."""
     mantissa, exponent = np.frexp(x.astype(np.float64))
     # Below 2^-14 float16 is subnormal: its spacing is fixed at 2^-24, so the grid cannot be finer than that.
     step_exponent = np.maximum(exponent - bits, -24)
-    return np.ldexp(np.ceil(np.ldexp(mantissa, exponent - step_exponent)), step_exponent).astype(np.float32)
+    return np.ldexp(whole(np.ldexp(mantissa, exponent - step_exponent)), step_exponent)

@@ -18,7 +18,7 @@ from typing import ClassVar
 import numpy as np
 
 from tightship.formats.layouts import ggml_kernels as kernels
-from tightship.formats.layouts.ggml_base import GgmlLayout, row_mean_square, to_half
+from tightship.formats.layouts.ggml_base import HALF, GgmlLayout, row_mean_square, to_half
 from tightship.formats.layouts.ggml_search import affine_steps
 from tightship.formats.threads import over_blocks
 from tightship.layout import AffineGrid, Arrays, Context
@@ -31,6 +31,7 @@ class _Minimum(GgmlLayout):
     width: ClassVar[int] = 32
     code_dtype: ClassVar[type[np.integer]] = np.uint8
     parameters: ClassVar[dict[str, tuple[type[np.generic], int]]] = {"d": (np.float16, 1), "m": (np.float16, 1)}
+    linear: ClassVar[dict[str, tuple[float, float]]] = {"d": HALF, "m": HALF}
     zero: ClassVar[bool] = False
 
     @property

@@ -12,6 +12,7 @@ from tightship.formats.threads import over_blocks
 from tightship.layout import ArraySpec, Context, Layout
 
 F16_MAX = 65504.0
+HALF = (-F16_MAX, F16_MAX)
 
 
 class GgmlLayout(Layout):
@@ -22,12 +23,18 @@ class GgmlLayout(Layout):
         code_dtype: dtype of `codes`, one a column.
         parameters: array name -> (dtype, entries in one block); its shape is (rows, blocks * entries).
         zero: whether 0.0 is sayable in every block.
+        linear: see `Layout.refittable`.
     """
 
     width: ClassVar[int]
     code_dtype: ClassVar[type[np.integer]]
     parameters: ClassVar[dict[str, tuple[type[np.generic], int]]]
     zero: ClassVar[bool]
+    linear: ClassVar[dict[str, tuple[float, float]]] = {}
+
+    @property
+    def refittable(self) -> dict[str, tuple[float, float]]:
+        return self.linear
 
     @property
     def name(self) -> str:

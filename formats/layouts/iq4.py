@@ -19,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 
 from tightship.formats.layouts import iq4_kernels as kernels
-from tightship.formats.layouts.ggml_base import GgmlLayout, to_half
+from tightship.formats.layouts.ggml_base import HALF, GgmlLayout, to_half
 from tightship.formats.threads import over_blocks
 from tightship.layout import Arrays, Context, TableGrid
 
@@ -71,6 +71,7 @@ class IQ4NL(_Iq4):
     kind: ClassVar[str] = "iq4_nl"
     width: ClassVar[int] = 32
     parameters: ClassVar[dict[str, tuple[type[np.generic], int]]] = {"d": (np.float16, 1)}
+    linear: ClassVar[dict[str, tuple[float, float]]] = {"d": HALF}
 
 
 @dataclass(frozen=True)
@@ -80,3 +81,4 @@ class IQ4XS(_Iq4):
     kind: ClassVar[str] = "iq4_xs"
     width: ClassVar[int] = 256
     parameters: ClassVar[dict[str, tuple[type[np.generic], int]]] = {"d": (np.float16, 1), "scales": (np.int8, 8)}
+    linear: ClassVar[dict[str, tuple[float, float]]] = {"scales": (-32, 31), "d": HALF}

@@ -23,7 +23,7 @@ from typing import ClassVar
 import numpy as np
 
 from tightship.formats.layouts import ggml_k_kernels as kernels
-from tightship.formats.layouts.ggml_base import GgmlLayout, to_half
+from tightship.formats.layouts.ggml_base import HALF, GgmlLayout, to_half
 from tightship.formats.layouts.ggml_search import affine_steps, positive_steps, signed_steps
 from tightship.formats.threads import over_blocks
 from tightship.layout import AffineGrid, Arrays, Context
@@ -155,6 +155,7 @@ class Q2K(_Affine):
     parameters: ClassVar[dict[str, tuple[type[np.generic], int]]] = {
         "d": (np.float16, 1), "dmin": (np.float16, 1), "scales": (np.uint8, 16), "mins": (np.uint8, 16),
     }  # fmt: skip
+    linear: ClassVar[dict[str, tuple[float, float]]] = {"scales": (0, 15), "mins": (0, 15), "d": HALF, "dmin": HALF}
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ class Q4K(_Affine):
     parameters: ClassVar[dict[str, tuple[type[np.generic], int]]] = {
         "d": (np.float16, 1), "dmin": (np.float16, 1), "scales": (np.uint8, 8), "mins": (np.uint8, 8),
     }  # fmt: skip
+    linear: ClassVar[dict[str, tuple[float, float]]] = {"scales": (0, 63), "mins": (0, 63), "d": HALF, "dmin": HALF}
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,7 @@ class Q3K(_Symmetric):
     kind: ClassVar[str] = "q3_k"
     low: ClassVar[int] = -4
     high: ClassVar[int] = 3
+    linear: ClassVar[dict[str, tuple[float, float]]] = {"scales": (-32, 31), "d": HALF}
 
     def _search(self, w: np.ndarray, importance: np.ndarray, per_row: int) -> _Found:
         found = self._room(len(w) * per_row)
@@ -219,6 +222,7 @@ class Q6K(_Symmetric):
     kind: ClassVar[str] = "q6_k"
     low: ClassVar[int] = -32
     high: ClassVar[int] = 31
+    linear: ClassVar[dict[str, tuple[float, float]]] = {"scales": (-128, 127), "d": HALF}
 
     def _search(self, w: np.ndarray, importance: np.ndarray, per_row: int) -> _Found:
         found = self._room(len(w) * per_row)

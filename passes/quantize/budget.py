@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from tightship.passes.quantize import Quantize
 
 CANDIDATES = {
-    "gguf": ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
+    "gguf": ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k"),
     "onnx": ("int2", "int4", "int8"),
     "safetensors": ("int2", "int3", "int4", "int5", "int6", "int8"),
 }

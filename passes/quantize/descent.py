@@ -17,8 +17,8 @@ from tightship.passes.quantize.columns import TOGETHER, Columns
 
 
 def descend(
-    arrays: Arrays, w: np.ndarray, second: np.ndarray, layout: Layout, *, sweeps: int, damp: float, keep_zeros: bool,
-    device: str = "cpu",
+    arrays: Arrays, w: np.ndarray, second: np.ndarray, layout: Layout, *, damp: float, keep_zeros: bool,
+    device: str = "cpu", sweeps: int = 1,
 ) -> Arrays:  # fmt: skip
     """`arrays` with codes improved by up to `sweeps` sweeps; fewer where nothing changes any more.
 

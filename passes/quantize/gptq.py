@@ -1,6 +1,7 @@
 """GPTQ on every grid: parameters searched with importance, codes rounded with error feedback.
 
-Both orders of `feedback` are tried, unless `actorder` says which; the better one is improved by `sweeps` of `descent`.
+Both orders of `feedback` are tried, unless `actorder` says which; the better one is improved by `sweeps` rounds of
+`refit` (parameters given codes) and `descent` (codes given parameters).
 Feedback can lose to plain rounding on a matrix that few tokens reached; of all candidates the one with the least
 calibration loss is kept, and the report says which. A matrix whose moments have no inverse is an error, never a silent
 rounding.
@@ -22,14 +23,16 @@ from tightship.passes.quantize import Matrix, Quantize
 from tightship.passes.quantize.calibrated import Calibrated, error, output_energy, rounded, values
 from tightship.passes.quantize.descent import descend
 from tightship.passes.quantize.feedback import Feedback, round_with_feedback
+from tightship.passes.quantize.refit import refit
 
-SWEEPS = 2
+SWEEPS = 4
 
 
 class Gptq(Calibrated):
     """See the module."""
 
     full: ClassVar[bool] = True
+    revision: ClassVar[int] = 2
     options: ClassVar[frozenset[str]] = frozenset({"actorder", "damp", "sweeps", "propagate", "compensate"})
 
     def check_matrix(self, name: str, matrix: Matrix) -> None:
@@ -64,7 +67,7 @@ class Gptq(Calibrated):
     def _fed_back(
         self, spec: Quantize, name: str, matrix: Matrix, moments: Moments, w: np.ndarray, *, pruned: bool, device: str
     ) -> tuple[Arrays, str]:
-        """The better order's codes, improved by descent, and its name."""
+        """The better order's codes and parameters, improved in turn, and its name."""
         damp = DAMP if spec.damp is None else spec.damp
         found: dict[str, Arrays] = {}
         for actorder in (True, False) if spec.actorder is None else (spec.actorder,):
@@ -75,10 +78,10 @@ class Gptq(Calibrated):
                 raise NotPositive(failure.message, tensor=name, hint=failure.hint) from failure
             found["gptq-actorder" if actorder else "gptq"] = arrays
         word = min(found, key=lambda order: error(matrix, w, found[order], moments))
-        best = descend(
-            found[word], w, moments.second, matrix.layout,
-            sweeps=SWEEPS if spec.sweeps is None else spec.sweeps, damp=damp, keep_zeros=pruned, device=device,
-        )  # fmt: skip
+        best = found[word]
+        for _ in range(SWEEPS if spec.sweeps is None else spec.sweeps):
+            for improve in (refit, descend):
+                best = improve(best, w, moments.second, matrix.layout, damp=damp, keep_zeros=pruned, device=device)
         return best, word
 
 

@@ -107,6 +107,14 @@ class Layout(ABC):
         return False
 
     @property
+    def refittable(self) -> Mapping[str, tuple[float, float]]:
+        """Parameters that values are linear in while all else stays: name -> least and greatest storable entry.
+
+        In the order in which a solver shall refit them to codes; others stay as `fit` found them.
+        """
+        return {}
+
+    @property
     @abstractmethod
     def keeps_zero(self) -> bool:
         """True if 0.0 is sayable in every block, so that pruned weights stay zero."""
@@ -134,6 +142,12 @@ class Layout(ABC):
     @abstractmethod
     def values(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         """(rows, cols) float64: the value each code says, from integers and stored scales alone."""
+
+    def stored(self, key: str, x: np.ndarray) -> np.ndarray:
+        """The entries of a `refittable` parameter nearest to `x` (float64), in the parameter's dtype."""
+        spec = self.array_specs((1, self.block or 1))[key]
+        held = np.clip(x, *self.refittable[key])
+        return (np.rint(held) if spec.dtype.kind in "iu" else held).astype(spec.dtype)
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
