@@ -71,3 +71,8 @@ def lossless_cells() -> list[Cell]:
         c: {"maker": "ours", "container": c, "passes": [], "scheme": word, "data_free": True} for c, word in words
     }
     return [{"cell": "lossless", "container": "gguf", "makers": makers}]
+
+
+def all_cells() -> list[Cell]:
+    """Every cell, in the order of the table."""
+    return [*gguf_cells(), *safetensors_cells(), *onnx_cells(), *lossless_cells()]

@@ -19,7 +19,6 @@ every row; a row that is there is not made again.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import shutil
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cells import SUBSETS, gguf_cells, lossless_cells, onnx_cells, safetensors_cells
+from cells import SUBSETS, all_cells
 from environments import PACKAGES, python_of
 from measure import artifact_bytes, kl_by_window, table
 
@@ -166,12 +165,10 @@ class Bench:
 
 
 def jobs(options: argparse.Namespace) -> list[tuple[str, dict[str, Any], str]]:
-    """(subset, cell, maker) in the order of work: containers in turn, every cell of a slice before the next slice."""
-    in_turn = itertools.zip_longest(gguf_cells(), safetensors_cells(), onnx_cells(), lossless_cells())
-    cells = [cell for turn in in_turn for cell in turn if cell is not None]
+    """(subset, cell, maker) in the order of work: every cell of a slice before the next slice."""
     found = []
     for subset in options.subsets:
-        for cell in cells:
+        for cell in all_cells():
             for name, maker in cell["makers"].items():
                 once = maker.get("data_free") or name.startswith(("control", "autoround"))
                 repeated = once and subset != SUBSETS[0]
@@ -179,6 +176,12 @@ def jobs(options: argparse.Namespace) -> list[tuple[str, dict[str, Any], str]]:
                 if wanted and not repeated:
                     found.append((subset, cell, name))
     return found
+
+
+def _place(row: dict[str, Any]) -> tuple[int, ...]:
+    """Where a row stands in the table: cells and makers as in `cells.py`, so that a cell's peer comes first."""
+    cells = {cell["cell"]: list(cell["makers"]) for cell in all_cells()}
+    return list(cells).index(row["cell"]), cells[row["cell"]].index(row["maker"]), SUBSETS.index(row["subset"])
 
 
 def arguments() -> argparse.Namespace:
@@ -218,7 +221,7 @@ def main() -> None:
             if time.monotonic() - began > 60 * options.minutes:
                 break
             row = bench.row(cell, name, cell["makers"][name], subset)
-            report["rows"].append(row)
+            report["rows"] = sorted([*report["rows"], row], key=_place)
             print(cell["cell"], name, subset, np.mean(row["kl"]), row["bytes"], row["seconds"], flush=True)
             file.write_text(json.dumps(report, indent=1) + "\n")
             file.with_suffix(".md").write_text(table(report, __doc__))
