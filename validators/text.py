@@ -106,7 +106,7 @@ def proof_windows(
 
     Args:
         view: the original. Only self-generation runs it.
-        text: a user's file (`.txt`, or `.jsonl` with `text`); None for what the model's task allows.
+        text: a user's file (`.txt`, or `.jsonl` with `text` or `messages`); None for what the model's task allows.
         windows, length: at most so many, each at most so long and no longer than the model's context.
         seed: of self-generated and random tokens.
         write: whether a decoder may write its own text, a pass over all its weights for each token; otherwise it
@@ -135,7 +135,10 @@ def _read(
     tokens = windows * length
     origin: Origin = "shipped"
     if text is not None:
-        rows, origin = list(token_windows(checkpoint, read_documents(text), tokens=tokens, sequence=length)), "file"
+        rows, origin = (
+            list(token_windows(checkpoint, read_documents(text, checkpoint), tokens=tokens, sequence=length)),
+            "file",
+        )
     elif decoder and write:
         rows, origin = list(generated_windows(view, tokens=tokens, sequence=length, seed=seed)), "self"
     elif not _has_tokenizer(checkpoint):

@@ -23,15 +23,18 @@ from tightship.modelview import ModelView, start_token
 
 SHORTEST = 8  # a shorter rest of a document says little; it is left out
 _ROWS_AT_ONCE = 16
-_VOCABULARIES = ("vocab*", "*.model", "*.model.v*")
+_VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.model.v*")
 
 
-def read_documents(path: str | Path) -> tuple[str, ...]:
-    """Documents of a UTF-8 file: every line's `text` for `.jsonl`, else the file as one document.
+def read_documents(path: str | Path, checkpoint: Checkpoint | None = None) -> tuple[str, ...]:
+    """Documents of a UTF-8 file: every line's `text` or `messages` for `.jsonl`, else the file as one document.
+
+    Messages go through the chat template of `checkpoint`.
 
     Raises:
         UsageError: no such file.
-        Malformed: not UTF-8, or a line of JSON without a `text` string; or nothing but white space.
+        Malformed: not UTF-8, or a line of JSON with neither; or nothing but white space.
+        Unsupported: messages, and the checkpoint (or there is none) has no chat template.
     """
     file = Path(path)
     if not file.is_file():
@@ -40,26 +43,42 @@ def read_documents(path: str | Path) -> tuple[str, ...]:
         content = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise Malformed(f"{file.name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    documents = _json_lines(file.name, content) if file.suffix == ".jsonl" else [content]
+    documents = _json_lines(file.name, content, checkpoint) if file.suffix == ".jsonl" else [content]
     found = tuple(d for d in documents if d.strip())
     if not found:
         raise Malformed(f"{file.name} holds no text")
     return found
 
 
-def _json_lines(name: str, content: str) -> list[str]:
+def _json_lines(name: str, content: str, checkpoint: Checkpoint | None) -> list[str]:
     documents = []
+    render = None
     for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            text = json.loads(line).get("text")
+            entry = json.loads(line)
+            text, messages = entry.get("text"), entry.get("messages")
         except (ValueError, AttributeError) as error:
             raise Malformed(f"{name}, line {number}: not a JSON object") from error
+        if text is None and isinstance(messages, list):
+            render = render or _renderer(name, checkpoint)
+            text = render(messages)
         if not isinstance(text, str):
-            raise Malformed(f"{name}, line {number}: needs a string under `text`, found {type(text).__name__}")
+            raise Malformed(
+                f"{name}, line {number}: needs a string under `text` or a list under `messages`, "
+                f"found {', '.join(entry) or 'nothing'}"
+            )
         documents.append(text)
     return documents
+
+
+def _renderer(name: str, checkpoint: Checkpoint | None) -> Callable[[list[Any]], str]:
+    if checkpoint is None:
+        raise Unsupported(f"{name} holds `messages`, and here is no model whose chat template could be applied")
+    from tightship.chat import chat_renderer
+
+    return chat_renderer(checkpoint)
 
 
 def token_windows(
@@ -108,17 +127,22 @@ def generated_windows(view: ModelView, *, tokens: int, sequence: int, seed: int)
     length = min(sequence, tokens, int(checkpoint.hyper.get("context", sequence)))
     rng = np.random.default_rng(seed)
     rows = max(1, tokens // length)
-    first = checkpoint.config.get("bos_token_id")
-    first = first[0] if isinstance(first, list) else first
     vocabulary = int(checkpoint.hyper["vocab"])
-    if first is not None and not 0 <= int(first) < vocabulary:
-        raise Malformed(
-            f"config.json: bos_token_id is {first}, the vocabulary has {vocabulary} tokens",
-            hint="give the token that texts begin with, or null",
-        )
+    first = _first_token(checkpoint, vocabulary)
     starts = rng.integers(0, vocabulary, rows) if first is None else np.full(rows, int(first))
     parts = [_sample(view, starts[i : i + _ROWS_AT_ONCE], length, rng) for i in range(0, rows, _ROWS_AT_ONCE)]
     return tuple(np.concatenate(parts))
+
+
+def _first_token(checkpoint: Checkpoint, vocabulary: int) -> int | None:
+    said = checkpoint.config.get("bos_token_id")
+    first = said[0] if isinstance(said, list) and said else said
+    if first is None or (isinstance(first, int) and 0 <= first < vocabulary):
+        return first
+    raise Malformed(
+        f"config.json: bos_token_id is {said!r}, the vocabulary has {vocabulary} tokens",
+        hint="give the token that texts begin with, or null; or a text file",
+    )
 
 
 def generated_targets(view: ModelView, ids: np.ndarray, mask: np.ndarray, *, seed: int) -> np.ndarray:
@@ -212,7 +236,7 @@ def codec_of(checkpoint: Checkpoint) -> Codec:
         def encode(text: str, special: bool = False) -> list[int]:
             return list(tokenizer.encode(text, add_special_tokens=special).ids)
     else:
-        tokenizer = _slow_tokenizer(checkpoint)
+        tokenizer = library_tokenizer(checkpoint)
 
         def encode(text: str, special: bool = False) -> list[int]:
             return list(tokenizer.encode(text, add_special_tokens=special))
@@ -228,8 +252,12 @@ def codec_of(checkpoint: Checkpoint) -> Codec:
     raise Unsupported("the tokenizer changes a text's tokens when it adds its special ones")
 
 
-def _slow_tokenizer(checkpoint: Checkpoint) -> Any:
-    """transformers' tokenizer from the small files, for models without tokenizer.json."""
+def library_tokenizer(checkpoint: Checkpoint) -> Any:
+    """transformers' tokenizer from a checkpoint's small files: for models without tokenizer.json, and for templates.
+
+    Raises:
+        Unsupported: there is none that can be read.
+    """
     from transformers import AutoTokenizer
 
     # Without any vocabulary, transformers makes up an empty one and says nothing.
