@@ -46,6 +46,8 @@ class Run:
         threads: threads a pass may use.
         inputs: named inputs (`teacher`, `data`) as the recipe gave them: Checkpoints or texts.
         texts: calibration documents; () where the pass needs none, or where the model writes its own.
+        written: windows of token ids that the source wrote, in place of texts.
+        allow: fallbacks that are let through: `unreached`, `singular` (see `Calibration` of the recipe).
         tokens, sequence: how many tokens of them a calibrated pass sees in all, and in one window.
         scratch: directory for resumable state of this stage, or None.
         progress: called as progress(what, done, total).
@@ -57,6 +59,8 @@ class Run:
     threads: int = 1
     inputs: Mapping[str, Any] = field(default_factory=dict)
     texts: tuple[str, ...] = ()
+    written: tuple[Any, ...] = ()
+    allow: frozenset[str] = frozenset()
     tokens: int = 65536
     sequence: int = 512
     scratch: Any = None

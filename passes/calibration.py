@@ -31,6 +31,7 @@ import numpy as np
 from tightship.blocks import BlockStep, BlockWalk
 from tightship.checkpoint import Checkpoint
 from tightship.durable import flush_tree
+from tightship.errors import GateFailed
 from tightship.modelview import ModelView
 from tightship.passes.base import Run
 from tightship.stage_codec import load_stage, save_stage
@@ -62,6 +63,12 @@ class Moments:
 
 Solve = Callable[[str, Moments], tuple[Stored, Figures]]
 """solve(on-disk name, moments) -> the weight to go on with, and figures for the report."""
+
+
+class Unreached(GateFailed):
+    """A matrix that calibration knows nothing about."""
+
+    code = "unreached"
 
 
 class MomentSums:
@@ -135,7 +142,9 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def calibration_windows(checkpoint: Checkpoint, run: Run) -> Sequence[np.ndarray]:
-    """Token windows of the run's texts, or, without any, of text that `checkpoint` writes itself."""
+    """Token windows of the run's texts or of what the source wrote; without either `checkpoint` writes some itself."""
+    if run.written:
+        return run.written
     if run.texts:
         return token_windows(checkpoint, run.texts, tokens=run.tokens, sequence=run.sequence)
     view = ModelView(checkpoint, threads=run.threads, device=run.device)
@@ -156,6 +165,7 @@ def solve_blocks(
     `full` asks for whole moments, otherwise their diagonal; `drift` for what errors before a matrix did to its inputs.
 
     Raises:
+        Unreached: no token reached a matrix, and `run.allow` does not let it pass.
         Unsupported, Malformed: see `tightship.blocks` and `tightship.texts`; and what `solve` raises.
     """
     view = ModelView(checkpoint, threads=run.threads, device=run.device)
@@ -165,22 +175,41 @@ def solve_blocks(
     blocks = len(walk.blocks)
     changed: _Weights = {}
     tokens: dict[str, int] = {}
+    singular = 0
     for step in walk.steps(outside=wanted):
         run.progress("calibrated blocks", step.index, blocks)
         pair = (step, next(untouched) if untouched is not None and step.index < blocks else None)
         names = [name for name in step.linears if name in wanted]
         kept = _Kept(run.scratch, step.index)
         solved, figures = kept.load(checkpoint) or kept.save(
-            checkpoint, *_solve_block(checkpoint, pair, names, solve, full)
+            checkpoint, *_solve_block(checkpoint, pair, names, _if_reached(solve, run.allow), full)
         )
         for name, weight in solved.items():
             step.write(name, weight)
             run.report(name, figures[name])
             tokens[name] = int(figures[name]["tokens"])
+            singular += figures[name].get("fallback") == "singular"
         changed.update(solved)
     run.progress("calibrated blocks", blocks, blocks)
     _tell_thin(checkpoint, tokens, run)
+    if singular:
+        run.report("matrices whose moments have no inverse", {"count": singular})
     return changed
+
+
+def _if_reached(solve: Solve, allow: Collection[str]) -> Solve:
+    """`solve`, refusing matrices that no token reached unless they are let through."""
+
+    def one(name: str, moments: Moments) -> tuple[Stored, Figures]:
+        if not moments.tokens and "unreached" not in allow:
+            raise Unreached(
+                "no token of the calibration text reached this matrix, so that nothing is known about it",
+                tensor=name,
+                hint="more calibration text, or `allow: [unreached]` under the recipe's `calibration`",
+            )
+        return solve(name, moments)
+
+    return one
 
 
 def _tell_thin(checkpoint: Checkpoint, tokens: Mapping[str, int], run: Run) -> None:

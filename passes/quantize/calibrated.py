@@ -17,7 +17,7 @@ from tightship.checkpoint import Checkpoint
 from tightship.layout import Arrays
 from tightship.passes.base import Needs, Run
 from tightship.passes.calibration import Figures, Moments, solve_blocks
-from tightship.passes.hessian import loss
+from tightship.passes.hessian import NotPositive, loss
 from tightship.passes.masks import finite
 from tightship.passes.quantize import Matrix, Quantize, Solver
 from tightship.passes.quantize.compensation import compensated
@@ -45,17 +45,17 @@ class Calibrated(Solver):
 
         def one(name: str, moments: Moments) -> tuple[Stored, Figures]:
             if name in matrices:
-                arrays, figures = self.matrix(spec, name, matrices[name], moments, pruned=pruned, device=run.device)
+                arrays, figures = self._solved(spec, name, matrices[name], moments, run, pruned=pruned)
                 found = Quantized.of(matrices[name].layout, arrays)
                 if spec.compensate is None:
                     return found, figures
                 whole, more = compensated(matrices[name], found, moments, spec.compensate, run.device)
                 return whole, figures | more
             right, left = matrices[f"{name}:right"], matrices[f"{name}:left"]
-            arrays, first = self.matrix(spec, name, right, moments, pruned=False, device=run.device)
+            arrays, first = self._solved(spec, name, right, moments, run, pruned=False)
             solved_right = Quantized.of(right.layout, arrays)
             between = _through(solved_right, moments)
-            arrays, second = self.matrix(spec, name, left, between, pruned=False, device=run.device)
+            arrays, second = self._solved(spec, name, left, between, run, pruned=False)
             figures = {f"right_{k}": v for k, v in first.items()} | {f"left_{k}": v for k, v in second.items()}
             return Factored(Quantized.of(left.layout, arrays), solved_right), figures
 
@@ -67,6 +67,32 @@ class Calibrated(Solver):
             parts[name] = lazily(name, matrices[name], None)
             run.report(name, {"solver": "rtn", "reason": "lies outside the blocks, so nothing was measured for it"})
         return parts
+
+    def _solved(
+        self, spec: Quantize, name: str, matrix: Matrix, moments: Moments, run: Run, *, pruned: bool
+    ) -> tuple[Arrays, Figures]:
+        """`matrix`, or where its moments have no inverse and that is allowed, the better of the searches."""
+        try:
+            return self.matrix(spec, name, matrix, moments, pruned=pruned, device=run.device)
+        except NotPositive as failure:
+            if "singular" not in run.allow:
+                hint = f"{failure.hint}, or `allow: [singular]` under the recipe's `calibration`"
+                raise NotPositive(failure.message, tensor=name, hint=hint) from failure
+        best, figures = better_search(name, matrix, moments)
+        return best, {**figures, "fallback": "singular"}
+
+
+def better_search(name: str, matrix: Matrix, moments: Moments) -> tuple[Arrays, Figures]:
+    """The importance search, or the data-free one where the former turns out worse on its own measure."""
+    w = values(name, matrix)
+    (plain, loss_rtn), (searched, loss_searched) = rounded(name, matrix, w, moments)
+    best = searched if loss_searched <= loss_rtn else plain
+    energy = output_energy(w, moments) or 1.0
+    return best, {
+        "solver": "importance" if best is searched else "rtn",
+        "loss": min(loss_searched, loss_rtn) / energy,
+        "loss_rtn": loss_rtn / energy,
+    }
 
 
 def rounded(

@@ -3,8 +3,8 @@
 Both orders of `feedback` are tried, unless `actorder` says which; the better one is improved by `sweeps` rounds of
 `refit` (parameters given codes) and `descent` (codes given parameters).
 Feedback can lose to plain rounding on a matrix that few tokens reached; of all candidates the one with the least
-calibration loss is kept, and the report says which. A matrix whose moments have no inverse is an error, never a silent
-rounding.
+calibration loss is kept, and the report says which. A matrix whose moments have no inverse is an error; if the
+recipe allows it, importance search takes over and the report counts it.
 
 With `propagate` the loss is against what the matrix should be on inputs that carry the errors of the blocks before.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from tightship.errors import Unsupported
 from tightship.layout import Arrays
 from tightship.passes.calibration import Figures, Moments
-from tightship.passes.hessian import DAMP, NotPositive, corrected
+from tightship.passes.hessian import DAMP, corrected
 from tightship.passes.quantize import Matrix, Quantize
 from tightship.passes.quantize.calibrated import Calibrated, error, output_energy, rounded, values
 from tightship.passes.quantize.descent import descend
@@ -48,7 +48,7 @@ class Gptq(Calibrated):
     ) -> tuple[Arrays, Figures]:
         w = _wanted(spec, values(name, matrix), moments, pruned=pruned)
         (plain, loss_rtn), (searched, loss_searched) = rounded(name, matrix, w, moments)
-        fed_back, word = self._fed_back(spec, name, matrix, moments, w, pruned=pruned, device=device)
+        fed_back, word = self._fed_back(spec, matrix, moments, w, pruned=pruned, device=device)
         candidates = {
             word: (fed_back, error(matrix, w, fed_back, moments)),
             "importance": (searched, loss_searched),
@@ -65,17 +65,14 @@ class Gptq(Calibrated):
         }
 
     def _fed_back(
-        self, spec: Quantize, name: str, matrix: Matrix, moments: Moments, w: np.ndarray, *, pruned: bool, device: str
+        self, spec: Quantize, matrix: Matrix, moments: Moments, w: np.ndarray, *, pruned: bool, device: str
     ) -> tuple[Arrays, str]:
         """The better order's codes and parameters, improved in turn, and its name."""
         damp = DAMP if spec.damp is None else spec.damp
         found: dict[str, Arrays] = {}
         for actorder in (True, False) if spec.actorder is None else (spec.actorder,):
             how = Feedback(actorder=actorder, damp=damp, device=device)
-            try:
-                arrays = round_with_feedback(w, moments.second, matrix.layout, how, keep_zeros=pruned)
-            except NotPositive as failure:
-                raise NotPositive(failure.message, tensor=name, hint=failure.hint) from failure
+            arrays = round_with_feedback(w, moments.second, matrix.layout, how, keep_zeros=pruned)
             found["gptq-actorder" if actorder else "gptq"] = arrays
         word = min(found, key=lambda order: error(matrix, w, found[order], moments))
         best = found[word]

@@ -11,7 +11,7 @@ from typing import ClassVar
 from tightship.layout import Arrays
 from tightship.passes.calibration import Figures, Moments
 from tightship.passes.quantize import Matrix, Quantize
-from tightship.passes.quantize.calibrated import Calibrated, output_energy, rounded, values
+from tightship.passes.quantize.calibrated import Calibrated, better_search
 
 
 class Importance(Calibrated):
@@ -29,15 +29,7 @@ class Importance(Calibrated):
         pruned: bool,  # noqa: ARG002 - a layout that keeps zeros rounds 0.0 to 0.0
         device: str,  # noqa: ARG002
     ) -> tuple[Arrays, Figures]:
-        w = values(name, matrix)
-        (plain, loss_rtn), (searched, loss_searched) = rounded(name, matrix, w, moments)
-        best = searched if loss_searched <= loss_rtn else plain
-        energy = output_energy(w, moments) or 1.0
-        return best, {
-            "solver": "importance" if best is searched else "rtn",
-            "loss": min(loss_searched, loss_rtn) / energy,
-            "loss_rtn": loss_rtn / energy,
-        }
+        return better_search(name, matrix, moments)
 
 
 SOLVER = Importance()

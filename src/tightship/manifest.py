@@ -66,9 +66,8 @@ def resolved_recipe(recipe: Recipe, stages: Sequence[Stage], solves: Mapping[str
     calibration = None
     if recipe.calibration is not None:
         calibration = {
+            **recipe.calibration.to_json(),
             "text": _file(recipe, recipe.calibration.text),
-            "tokens": recipe.calibration.tokens,
-            "sequence": recipe.calibration.sequence,
         }
     gates = dict(recipe.gates)
     if "task" in gates:

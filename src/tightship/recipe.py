@@ -28,11 +28,25 @@ SELF = "self"
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text that calibrated passes see: a file, or `self` for text that the model makes; `tokens` of it in all."""
+    """Text that calibrated passes see: a file, or `self` for text that the model makes; `tokens` of it in all.
+
+    `sha256` pins the text. `allow` names fallbacks that do not fail the build: `unreached` (a matrix that no token
+    reached is rounded to nearest), `singular` (GPTQ without an inverse becomes importance search).
+    """
 
     text: str = SELF
     tokens: int = 65536
     sequence: int = 512
+    sha256: str | None = None
+    allow: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "allow", tuple(self.allow))
+
+    def to_json(self) -> dict[str, Any]:
+        """As a recipe writes it."""
+        said = dataclasses.asdict(self) | {"allow": list(self.allow)}
+        return {key: value for key, value in said.items() if value not in (None, [])}
 
 
 @dataclass(frozen=True)
@@ -125,8 +139,8 @@ class Recipe:
         """
         changes: dict[str, Any] = {"source": source, "seed": seed, "threads": threads, "solver": solver}
         if calibration is not None:
-            known = dataclasses.asdict(self.calibration) if self.calibration else {}
-            changes["calibration"] = Calibration(**{**known, "text": _absolute(calibration)})
+            known = self.calibration or Calibration()
+            changes["calibration"] = dataclasses.replace(known, text=_absolute(calibration), sha256=None)
         if to:
             changes["targets"] = tuple(parse_target(word) for word in to)
         if include and quantize is None:
@@ -166,7 +180,7 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """The parsed form again, defaults spelt out; `from_json` is its inverse, but for `base` and `solver`."""
-        calibration = {"calibration": dataclasses.asdict(self.calibration)} if self.calibration else {}
+        calibration = {"calibration": self.calibration.to_json()} if self.calibration else {}
         return {
             **({"source": self.source} if self.source else {}),
             "seed": self.seed,

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tightship.calibration_text import Reading, read
 from tightship.checkpoint import Checkpoint
 from tightship.durable import sha256_file
 from tightship.errors import UsageError
-from tightship.recipe import SELF, Recipe, Step, is_quantizing
+from tightship.recipe import Recipe, Step, is_quantizing
 from tightship.settings import Settings
 from tightship.store import Store, source_key, stage_key
 from tightship.suggest import did_you_mean
@@ -172,11 +173,11 @@ def run_stage(state: State, stage: Stage, shop: Workshop) -> State:
     work.requires(before)
     given = _inputs(stage.step, shop)
     reads = work.needs == "calibration" or (work.needs == "model" and shop.recipe.calibration is not None)
-    texts = _texts(shop.recipe) if reads else ()
+    reading = read(shop, conditions(shop.settings)) if reads else Reading()
     key = stage_key(
         state.key,
         work.to_json(),
-        inputs=_digests(given, texts, shop.recipe, reads),
+        inputs=_digests(given, reading, shop.recipe),
         seed=shop.recipe.seed,
         conditions={} if work.needs == "nothing" else conditions(shop.settings),
     )
@@ -186,7 +187,8 @@ def run_stage(state: State, stage: Stage, shop: Workshop) -> State:
         device=shop.settings.device,
         threads=shop.settings.threads,
         inputs={name: value.checkpoint if isinstance(value, State) else value for name, value in given.items()},
-        texts=texts,
+        texts=reading.texts,
+        written=reading.written,
         progress=shop.progress,
         report=lambda tensor, figures: entry["figures"].__setitem__(tensor, dict(figures)),
         **_amount(shop.recipe),
@@ -204,7 +206,8 @@ def run_stage(state: State, stage: Stage, shop: Workshop) -> State:
         if shop.settings.keep_stages:
             shop.store.pin(key)
     entry |= {"state": how, "key": key}
-    return State(_recorded(before, after, work), key, (*state.log, entry))
+    told = tuple(stage for stage in reading.log if stage["key"] not in {known["key"] for known in state.log})
+    return State(_recorded(before, after, work), key, (*state.log, *told, entry))
 
 
 def first_state(checkpoint: Checkpoint) -> State:
@@ -258,32 +261,18 @@ def _inputs(step: Step, shop: Workshop) -> dict[str, Any]:
     return found
 
 
-def _texts(recipe: Recipe) -> tuple[str, ...]:
-    """Calibration documents; none where the model writes its own.
-
-    Raises:
-        UsageError: the recipe names no calibration text, or a file that is not there.
-    """
-    from tightship.texts import read_documents
-
-    if recipe.calibration is None:
-        raise UsageError(
-            "a calibrated pass needs text", hint="--calibration FILE, or --calibration self for text the model makes"
-        )
-    return () if recipe.calibration.text == SELF else read_documents(recipe.path(recipe.calibration.text))
+def _amount(recipe: Recipe) -> dict[str, Any]:
+    asked = recipe.calibration
+    return {"tokens": asked.tokens, "sequence": asked.sequence, "allow": frozenset(asked.allow)} if asked else {}
 
 
-def _amount(recipe: Recipe) -> dict[str, int]:
-    calibration = recipe.calibration
-    return {"tokens": calibration.tokens, "sequence": calibration.sequence} if calibration else {}
-
-
-def _digests(given: Mapping[str, Any], texts: Sequence[str], recipe: Recipe, reads: bool) -> dict[str, str]:
+def _digests(given: Mapping[str, Any], reading: Reading, recipe: Recipe) -> dict[str, str]:
     """Digests of what a pass is given beside its checkpoint."""
     found = {name: _digest(value) for name, value in given.items()}
-    if reads:
-        amount = " ".join(f"{key}={value}" for key, value in _amount(recipe).items())
-        found["calibration"] = f"{_sha256(chr(0).join(texts))} {amount}"
+    if reading.digest:
+        found["calibration"] = reading.digest
+    if recipe.calibration and recipe.calibration.allow:
+        found["allow"] = " ".join(sorted(recipe.calibration.allow))
     return found
 
 

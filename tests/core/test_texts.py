@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -92,10 +93,51 @@ def test_generated_text_follows_the_model_and_the_seed(ember: Checkpoint) -> Non
     assert abs((surprise - entropy).mean()) < 5 * spread
 
 
-def test_a_first_token_beyond_the_vocabulary_is_an_error(ember: Checkpoint) -> None:
-    lost = ember.replace(config={**ember.config, "bos_token_id": 128000})
-    with pytest.raises(Malformed, match="bos_token_id is 128000, the vocabulary has 1024"):
-        generated_windows(ModelView(lost), tokens=16, sequence=8, seed=0)
+@pytest.mark.parametrize("first", [1024, 128000, -1, "<s>", []])
+def test_a_first_token_that_is_no_token_is_named(ember: Checkpoint, first: object) -> None:
+    broken = ember.replace(config={**ember.config, "bos_token_id": first})
+    with pytest.raises(Malformed, match="bos_token_id"):
+        generated_windows(ModelView(broken, threads=1), tokens=16, sequence=8, seed=0)
+
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+TALK = [{"role": "user", "content": "Where is the ship?"}, {"role": "assistant", "content": "In the bay."}]
+
+
+def _with_template(checkpoint: Checkpoint, template: str) -> Checkpoint:
+    return checkpoint.replace(files={**checkpoint.files, "chat_template.jinja": template.encode()})
+
+
+def _jsonl(folder: Path, *lines: object) -> Path:
+    path = folder / "talks.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return path
+
+
+def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:
+    """By hand; the bert tokenizer puts [CLS] in front by itself, so the template's own is left out."""
+    bert = open_checkpoint(EXAMPLES / "ember-bert")
+    settings = json.dumps({"bos_token": "[CLS]", "eos_token": "[SEP]"}).encode()
+    speaking = _with_template(bert.replace(files={**bert.files, "tokenizer_config.json": settings}), TEMPLATE)
+    path = _jsonl(tmp_path, {"messages": TALK}, {"text": "A plain line."})
+    expected = "[user] Where is the ship?[SEP][assistant] In the bay.[SEP]"
+    assert read_documents(path, speaking) == (expected, "A plain line.")
+    (window, *_) = token_windows(speaking, read_documents(path, speaking), tokens=100, sequence=64)
+    assert [int(i) for i in window[:2]].count(2) == 1
+    assert (window == 3).sum() == 3  # [SEP] of two turns and the tokenizer's own, each one token
+
+
+def test_conversations_without_a_template_are_refused(ember: Checkpoint, tmp_path: Path) -> None:
+    path = _jsonl(tmp_path, {"messages": TALK})
+    for checkpoint in (None, ember):
+        with pytest.raises(Unsupported, match="chat template"):
+            read_documents(path, checkpoint)
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no such role') }}", "{{ ''.__class__.__mro__ }}{{ x.y.z }}"])
+def test_a_template_that_refuses_is_named(ember: Checkpoint, tmp_path: Path, template: str) -> None:
+    with pytest.raises(Malformed, match="refuses a conversation"):
+        read_documents(_jsonl(tmp_path, {"messages": TALK}), _with_template(ember, template))
 
 
 def test_a_codec_reads_back_what_it_wrote() -> None:

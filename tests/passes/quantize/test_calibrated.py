@@ -16,8 +16,8 @@ from tightship.formats.layouts import parse_layout
 from tightship.modelview import ModelView
 from tightship.opening import open_checkpoint
 from tightship.passes.base import Run
-from tightship.passes.calibration import calibration_windows
-from tightship.passes.hessian import corrected
+from tightship.passes.calibration import Unreached, calibration_windows
+from tightship.passes.hessian import NotPositive, corrected
 from tightship.passes.quantize import Quantize
 from tightship.weights import Dense, Factored, Quantized, Sum
 
@@ -261,9 +261,38 @@ def test_experts_that_few_tokens_reached_are_told(tiny: Callable[[str], Checkpoi
     windows = list(np.random.default_rng(0).integers(0, 96, (2, 16)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tightship.passes.calibration.calibration_windows", lambda *_: windows)
-        Quantize(solver="importance", layout="int4").apply(checkpoint, run_with(figures))
+        Quantize(solver="importance", layout="int4").apply(checkpoint, run_with(figures, allow={"unreached"}))
     told = figures["thinly calibrated matrices"]
     linears = {info.name: info.shape[1] for info in checkpoint.linears()}
     thin = {name: figures[name]["tokens"] for name, width in linears.items() if figures[name]["tokens"] < width}
     assert told["count"] == len(thin) > 0
     assert told["tokens"] == min(thin.values()) == thin[told["fewest"]]
+
+
+@pytest.mark.parametrize("solver", ["importance", "gptq"])
+def test_a_matrix_that_no_token_reached_fails_unless_allowed(tiny: Callable[[str], Checkpoint], solver: str) -> None:
+    checkpoint = tiny("mixtral")
+    figures: Figures = {}
+    ids = (np.zeros(8, np.int64),)  # one token over and over: at most two of the experts are ever chosen
+    spec = Quantize(solver=solver, layout="int4")
+    with pytest.raises(Unreached, match="no token") as failed:
+        spec.apply(checkpoint, run_with(figures, written=ids))
+    assert failed.value.tensor in checkpoint.weights
+    assert failed.value.exit_code == 1
+    after = spec.apply(checkpoint, run_with(figures, written=ids, allow={"unreached"}))
+    unreached = [info.name for info in checkpoint.linears() if figures[info.name]["tokens"] == 0]
+    assert figures["thinly calibrated matrices"]["unreached"] == len(unreached) > 0
+    assert all(isinstance(after.weights[name], Quantized) for name in unreached)
+
+
+def test_moments_without_an_inverse_fail_unless_allowed(ember: Checkpoint) -> None:
+    figures: Figures = {}
+    spec = Quantize(solver="gptq", layout="int4", damp=1e-300)  # 64 tokens span no space of 256 channels
+    short = {"tokens": 64, "sequence": 64}
+    with pytest.raises(NotPositive, match="not positive definite") as failed:
+        spec.apply(ember, run_with(figures, **short))
+    assert "allow: [singular]" in str(failed.value.hint)
+    spec.apply(ember, run_with(figures, **short, allow={"singular"}))
+    fallen = [name for name, found in figures.items() if found.get("fallback") == "singular"]
+    assert figures["matrices whose moments have no inverse"]["count"] == len(fallen) > 0
+    assert {figures[name]["solver"] for name in fallen} <= {"importance", "rtn"}
