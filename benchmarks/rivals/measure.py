@@ -106,6 +106,7 @@ def _line(cell: str, rows: list[dict[str, Any]], peers: list[dict[str, Any]]) ->
     if np.mean(theirs) > NOISE:
         found, low, high = ratio(ours, theirs)
         compared = [f"{found:.3f}", f"{low:.3f} to {high:.3f}"]
-    middle = sorted(rows, key=lambda row: row["seconds"])[len(rows) // 2]
+    told = sorted((row for row in rows if row["seconds"] is not None), key=lambda row: row["seconds"])
+    costs = [f"{told[len(told) // 2][key]:.0f}" for key in ("seconds", "peak_mib")] if told else ["", ""]
     words = [cell, rows[0]["maker"], by_slice, *compared, str(rows[0]["bytes"])]
-    return "| " + " | ".join([*words, f"{middle['seconds']:.0f}", str(middle["peak_mib"])]) + " |", low > 1
+    return "| " + " | ".join([*words, *costs]) + " |", low > 1

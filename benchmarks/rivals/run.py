@@ -1,7 +1,7 @@
 """Quality at equal bytes, each artifact in its own runtime, against the quantizers that users have.
 
     python benchmarks/rivals/run.py CHECKPOINT --calibration FILE --test FILE --other FILE [--environments DIR]
-        [--only WORD] [--subsets first ...] [--minutes N] [--out benchmarks/results]
+        [--only WORD] [--subsets first ...] [--minutes N] [--fork] [--out DIR]
 
 Every row is one artifact: KL divergence of the float32 original from it on the same windows of 512 tokens, mean over
 windows; its ratio to the peer's, with a 95 % interval from a bootstrap of pairs of windows in blocks of 3. Rows of
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -33,6 +34,7 @@ from typing import Any
 import numpy as np
 from cells import SUBSETS, all_cells
 from environments import PACKAGES, python_of
+from makers import MAKERS
 from measure import artifact_bytes, kl_by_window, table
 
 from tightship.modelview import ModelView
@@ -92,7 +94,7 @@ class Bench:
         kl = kl_by_window(self.original, self._logits(job))
         return {
             "cell": cell["cell"], "maker": name, "subset": subset, "kl": [float(f"{v:.6g}") for v in kl],
-            "bytes": artifact_bytes(job["container"], out), "seconds": round(seconds, 1), "peak_mib": peak,
+            "bytes": artifact_bytes(job["container"], out), "seconds": seconds, "peak_mib": peak,
         }  # fmt: skip
 
     def _windows(self, slice_name: str) -> Path:
@@ -123,18 +125,25 @@ class Bench:
             self._timed(job)
         return out
 
-    def _timed(self, job: dict[str, Any]) -> tuple[float, int]:
-        """Processor seconds and peak memory (MiB, resident) of the maker's process."""
+    def _timed(self, job: dict[str, Any]) -> tuple[float | None, int | None]:
+        """Processor seconds and peak memory (MiB, resident) of the maker's process; neither of a forked one."""
+        if self.options.fork and job["maker"] in MAKERS:
+            process = multiprocessing.get_context("fork").Process(target=MAKERS[job["maker"]], args=(job,))
+            process.start()
+            process.join()
+            if process.exitcode:
+                raise SystemExit(f"{job['maker']} failed with {process.exitcode}")
+            return None, None
         file = self.scratch / "job.json"
         file.write_text(json.dumps(job))
         with (self.scratch / "log").open("w") as log:
-            process = subprocess.Popen(self._command(job, file), env=self._environment(), stdout=log, stderr=log)
-            _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
+            started = subprocess.Popen(self._command(job, file), env=self._environment(), stdout=log, stderr=log)
+            _, status, usage = os.wait4(started.pid, 0)
+        started.returncode = os.waitstatus_to_exitcode(status)
+        if started.returncode:
             tail = (self.scratch / "log").read_text()[-2000:]
-            raise SystemExit(f"{job['maker']} failed with {process.returncode}: {tail}")
-        return usage.ru_utime + usage.ru_stime, usage.ru_maxrss // 1024
+            raise SystemExit(f"{job['maker']} failed with {started.returncode}: {tail}")
+        return round(usage.ru_utime + usage.ru_stime, 1), usage.ru_maxrss // 1024
 
     def _command(self, job: dict[str, Any], file: Path) -> list[str]:
         if job["maker"] == "llm-compressor":
@@ -194,6 +203,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test-windows", type=int, default=18)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--subsets", nargs="*", default=list(SUBSETS))
+    parser.add_argument("--fork", action="store_true", help="our imports only once; time and memory are not told")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row after so long")
     parser.add_argument("--only", nargs="*", default=[], help="cells and makers whose `cell: maker` holds a word")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))

@@ -17,7 +17,7 @@ TOGETHER = 128  # changes within so many columns are spread at once, those beyon
 
 @dataclass(frozen=True)
 class Columns:
-    """A grid column by column, (rows, cols) float64 each; `table` is None for affine grids."""
+    """A grid column by column, (cols, rows) float64 each, a column in one piece; affine ones without `table`."""
 
     scale: torch.Tensor
     offset: torch.Tensor
@@ -32,7 +32,7 @@ class Columns:
         def wide(values: Any) -> torch.Tensor:
             array = np.asarray(values)
             within = array[:, : shape[1]] if array.ndim == 2 else array  # a grid's last tile may reach further
-            return torch.from_numpy(np.broadcast_to(within, shape).astype(np.float64)).to(device)
+            return torch.from_numpy(np.broadcast_to(within, shape).T.astype(np.float64, order="C")).to(device)
 
         if isinstance(grid, AffineGrid):
             return cls(wide(grid.scale), wide(grid.offset), grid.lo, grid.hi, None)
@@ -41,18 +41,15 @@ class Columns:
 
     def take(self, order: np.ndarray) -> Columns:
         """The columns in another order."""
-        return Columns(self.scale[:, order], self.offset[:, order], self.low, self.high, self.table)
+        return Columns(self.scale[order], self.offset[order], self.low, self.high, self.table)
 
     def round(self, w: torch.Tensor, j: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and values of column j nearest to `w` (rows,). A zero scale says code 0, clamped, like `nearest`."""
-        import torch
-
-        scale = self.scale[:, j]
-        safe = torch.where(scale == 0, 1.0, scale)
+        scale = self.scale[j]
+        safe = scale.masked_fill(scale == 0, float("inf"))
         if self.table is not None:
             codes = (w[:, None] / safe[:, None] - self.table).abs().argmin(dim=1)
             return codes, scale * self.table[codes]
-        offset = self.offset[:, j]
-        exact = torch.where(scale == 0, 0.0, (w - offset) / safe)
-        codes = exact.round().clamp(self.low, self.high)
+        offset = self.offset[j]
+        codes = ((w - offset) / safe).round_().clamp_(self.low, self.high)
         return codes, scale * codes + offset

@@ -31,26 +31,27 @@ def descend(
     grid = Columns.of(layout.grid(params), w.shape, device)
     moments = torch.from_numpy(second.astype(np.float64)).to(device)
     moments.diagonal().add_(damp * (float(moments.diagonal().mean()) or 1.0))
-    values = torch.from_numpy(layout.values(arrays)).to(device)
-    codes = torch.from_numpy(arrays["codes"].astype(np.int32)).to(device)
-    fixed = torch.from_numpy(w == 0).to(device) if keep_zeros else None
-    slope = (values - torch.from_numpy(w.astype(np.float64)).to(device)) @ moments
+    # Transposed, (cols, rows), so that a column lies in one piece.
+    values = torch.from_numpy(np.ascontiguousarray(layout.values(arrays).T)).to(device)
+    codes = torch.from_numpy(arrays["codes"].T.astype(np.float64, order="C")).to(device)
+    fixed = torch.from_numpy(np.ascontiguousarray(w.T == 0)).to(device) if keep_zeros else None
+    slope = moments @ (values - torch.from_numpy(w.T.astype(np.float64, order="C")).to(device))
     for _ in range(sweeps):
         moved = False
         for first in range(0, w.shape[1], TOGETHER):
             run = slice(first, min(first + TOGETHER, w.shape[1]))
-            change = torch.zeros_like(values[:, run])
-            local = slope[:, run].clone()
+            change = torch.zeros_like(values[run])
+            local = slope[run].clone()
             for j in range(run.start, run.stop):
-                code, value = grid.round(values[:, j] - local[:, j - first] / moments[j, j], j)
+                code, value = grid.round(values[j] - local[j - first] / moments[j, j], j)
                 if fixed is not None:
-                    code = torch.where(fixed[:, j], codes[:, j], code.int())
-                    value = torch.where(fixed[:, j], values[:, j], value)
-                change[:, j - first] = value - values[:, j]
-                local.addr_(change[:, j - first], moments[j, run])
-                codes[:, j], values[:, j] = code.int(), value
-            slope.addmm_(change, moments[run])
+                    code = torch.where(fixed[j], codes[j], code)
+                    value = torch.where(fixed[j], values[j], value)
+                torch.sub(value, values[j], out=change[j - first])
+                local[j - first + 1 :].addr_(moments[j, j + 1 : run.stop], change[j - first])
+                codes[j], values[j] = code, value
+            slope.addmm_(moments[:, run], change)
             moved = moved or bool(change.any())
         if not moved:
             break
-    return {**arrays, "codes": codes.cpu().numpy().astype(arrays["codes"].dtype)}
+    return {**arrays, "codes": np.ascontiguousarray(codes.cpu().numpy().T).astype(arrays["codes"].dtype)}

@@ -53,9 +53,9 @@ def round_with_feedback(
     order = np.argsort(-diagonal, kind="stable") if how.actorder else np.arange(len(diagonal))
     job = _Job(
         layout=layout,
-        weights=torch.from_numpy(w[:, order].astype(np.float64)).to(how.device),
+        weights=torch.from_numpy(w.T[order].astype(np.float64)).to(how.device),
         factor=inverse_factor(second[np.ix_(order, order)], how.damp, how.device),
-        zeros=torch.from_numpy(w[:, order] == 0).to(how.device) if keep_zeros else None,
+        zeros=torch.from_numpy(w.T[order] == 0).to(how.device) if keep_zeros else None,
         importance=diagonal,
         context=Context(np.mean(np.square(w), axis=1)),
     )
@@ -71,7 +71,7 @@ def round_with_feedback(
 
 @dataclass
 class _Job:
-    """One matrix on its way; `weights` change as errors are passed on."""
+    """One matrix on its way; `weights`, (cols, rows) so that a column lies in one piece, change as errors go on."""
 
     layout: Layout
     weights: torch.Tensor
@@ -82,20 +82,20 @@ class _Job:
 
     def as_they_lie(self) -> Arrays:
         """Fit each block of the layout when its turn comes."""
-        cols = self.weights.shape[1]
+        cols, rows = self.weights.shape
         width = self.layout.block or cols
         found: list[Mapping[str, np.ndarray]] = []
         for start in range(0, cols, width):
-            now = self.weights[:, start : start + width]
+            now = self.weights[start : start + width]
             if self.zeros is not None:
-                now = now.masked_fill(self.zeros[:, start : start + width], 0.0)
-            block = now.float().cpu().numpy()
+                now = now.masked_fill(self.zeros[start : start + width], 0.0)
+            block = np.ascontiguousarray(now.T.float().cpu().numpy())
             params = self.layout.fit(block, self.importance[start : start + width], self.context)
             params.pop("codes", None)
             grid = Columns.of(self.layout.grid(params), block.shape, str(self.weights.device))
             found.append({"codes": self.run(grid, start, start + block.shape[1]), **params})
         whole = {key: np.concatenate([part[key] for part in found], axis=1) for key in found[0]}
-        dtype = self.layout.array_specs((len(self.weights), cols))["codes"].dtype
+        dtype = self.layout.array_specs((rows, cols))["codes"].dtype
         whole["codes"] = whole["codes"].astype(dtype)
         return whole
 
@@ -103,19 +103,19 @@ class _Job:
         """Round columns [start, stop), of which `grid` speaks, and bring all later columns up to date."""
         import torch
 
-        stop = self.weights.shape[1] if stop is None else stop
-        codes = torch.empty((len(self.weights), stop - start), dtype=torch.int32, device=self.weights.device)
+        stop = len(self.weights) if stop is None else stop
+        codes = torch.empty((stop - start, self.weights.shape[1]), dtype=torch.int32, device=self.weights.device)
         for first in range(start, stop, TOGETHER):
             last = min(first + TOGETHER, stop)
-            block = self.weights[:, first:last]
+            block = self.weights[first:last]
             factor = self.factor[first:last, first:last]
             errors = torch.empty_like(block)
             for j in range(last - first):
-                w = block[:, j]
-                wanted = w if self.zeros is None else w.masked_fill(self.zeros[:, first + j], 0.0)
+                w = block[j]
+                wanted = w if self.zeros is None else w.masked_fill(self.zeros[first + j], 0.0)
                 code, value = grid.round(wanted, first + j - start)
-                codes[:, first + j - start] = code.int()
-                errors[:, j] = (w - value) / factor[j, j]
-                block[:, j + 1 :].addr_(errors[:, j], factor[j, j + 1 :], alpha=-1)
-            self.weights[:, last:].addmm_(errors, self.factor[first:last, last:], alpha=-1)
-        return codes.cpu().numpy()
+                codes[first + j - start] = code
+                torch.div(w - value, factor[j, j], out=errors[j])
+                block[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+            self.weights[last:].addmm_(self.factor[first:last, last:].T, errors, alpha=-1)
+        return np.ascontiguousarray(codes.cpu().numpy().T)
