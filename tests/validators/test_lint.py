@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from tightship.formats.layouts import parse_layout
 from tightship.opening import open_checkpoint
 from tightship.target import Target, no_progress
 from tightship.validators.lint import lint
-from tightship.weights import Quantized
+from tightship.weights import Dense, Quantized
 
 K = "model.layers.1.self_attn.k_proj"
 
@@ -59,6 +61,11 @@ def found(folder: Path, runtime: str) -> set[str]:
     return {f["rule"] for f in lint(folder, [runtime])["findings"] if f["effect"] != "note"}
 
 
+def told(folder: Path, runtime: str) -> set[tuple[str, str]]:
+    """Every finding, notes too, as (rule, where)."""
+    return {(f["rule"], f["where"]) for f in lint(folder, [runtime])["findings"]}
+
+
 @pytest.mark.parametrize("runtime", ["vllm", "sglang", "tgi", "transformers"])
 def test_our_plain_artifact_is_clean(runtime: str, source: Checkpoint, tmp_path: Path) -> None:
     assert found(artifact(source, tmp_path / "out"), runtime) == set()
@@ -90,6 +97,14 @@ def sparse(_tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
     config["quantization_config"]["sparsity_config"] = {"targets": ["Linear"]}
 
 
+def two_rope_types(_tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    config["rope_scaling"] = {"type": "linear", "rope_type": "linear", "factor": 2.0}
+
+
+def float_inputs(_tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    first_group(config)["input_activations"] = {"type": "float", "num_bits": 8, "strategy": "token", "dynamic": True}
+
+
 FAULTS: dict[str, tuple[str, str, Callable[..., None]]] = {
     "rope-both-forms": ("tgi", "int4-g32", lambda _t, c: c.pop("rope_theta")),
     "tied-head": ("vllm", "int4-g32", tied),
@@ -109,6 +124,10 @@ FAULTS: dict[str, tuple[str, str, Callable[..., None]]] = {
     "trt-fp8-only": ("trt", "int4-g32", lambda _t, _c: None),
     "one-scale-a-shard": ("vllm", "fp8-e4m3", lambda _t, _c: None),
     "half-range": ("vllm", "int4-g32", lambda t, _c: t[f"{K}.weight_scale"].fill_(1e6)),
+    "rope-one-type": ("vllm", "int4-g32", two_rope_types),
+    "kernel-sizes": ("vllm", "int4-g32", lambda _t, c: first_group(c)["weights"].update(group_size=16)),
+    "fp8-hardware": ("vllm", "int4-g32", float_inputs),
+    "asymmetric-loading": ("transformers", "int4-g32", lambda _t, c: first_group(c)["weights"].update(symmetric=False)),
 }  # fmt: skip
 
 
@@ -116,8 +135,19 @@ FAULTS: dict[str, tuple[str, str, Callable[..., None]]] = {
 def test_faults_of_compressed_tensors(rule: str, source: Checkpoint, tmp_path: Path) -> None:
     runtime, word, change = FAULTS[rule]
     folder = artifact(source, tmp_path / "out", word)
+    before = told(folder, runtime)
     edit(folder, change)
-    assert rule in found(folder, runtime)
+    changed = {name for name, _ in told(folder, runtime) - before}
+    inherent = rule in ("symmetric-only", "tgi-formats", "trt-fp8-only", "one-scale-a-shard")  # the layout is the fault
+    assert rule in ({name for name, _ in before} if inherent else changed)
+
+
+def test_nvfp4_shards_that_are_fused_share_one_divisor(source: Checkpoint, tmp_path: Path) -> None:
+    folder = artifact(source, tmp_path / "out", "nvfp4-scaled")
+    edit(folder, lambda t, _c: [t[n].fill_(1.0) for n in t if n.endswith("weight_global_scale")] and None)
+    assert "fp4-one-divisor" not in found(folder, "vllm")
+    edit(folder, lambda t, _c: t[f"{K}.weight_global_scale"].fill_(2.0) and None)
+    assert ("fp4-one-divisor", K.replace("k_proj", "q_proj")) in told(folder, "vllm")
 
 
 WORDS: dict[str, tuple[str, str, str, Callable[..., None]]] = {
@@ -132,6 +162,7 @@ WORDS: dict[str, tuple[str, str, str, Callable[..., None]]] = {
     ),
     "fp8-blocks": ("vllm", "fp8-e4m3-block", "fp8", lambda _t, _c: None),
     "own-packages": ("transformers", "int4-g32", "gptq", lambda _t, _c: None),
+    "gptq-order": ("trt", "int4-g32", "gptq", lambda _t, c: c["quantization_config"].update(desc_act=True)),
 }  # fmt: skip
 
 
@@ -172,6 +203,26 @@ GGUF: dict[str, tuple[str, dict[str, Any]]] = {
     "pre-tokenizer": ("llama.cpp", {"tokenizer.ggml.pre": None}),
     "phi3-by-name": ("llama.cpp", {"general.name": "distilled-from-phi3"}),
     "bos-said": ("ollama", {"tokenizer.ggml.add_bos_token": None}),
+    "soft-caps-said": ("llama.cpp", {"general.architecture": "gemma2", "gemma2.attn_logit_softcapping": 50.0}),
+    "depth-decides": (
+        "llama.cpp", {"general.architecture": "gemma3", "gemma3.embedding_length": 5376, "gemma3.block_count": 60},
+    ),
+    "defaults-that-switch-off": ("llama.cpp", {"general.architecture": "mpt"}),
+    "attention-without-ffn": (
+        "llama.cpp",
+        {
+            "general.architecture": "deci", "deci.attention.head_count": np.array([4, 4], np.int32),
+            "deci.feed_forward_length": np.array([96, 0], np.int32),
+        },
+    ),
+    "scalar-types": ("llama.cpp", {"qwen2.block_count": -2}),
+    "unigram-keys": ("llama.cpp", {"tokenizer.ggml.model": "t5", "tokenizer.ggml.scores": [0.0]}),
+    "erf-gelu": ("llama.cpp", {"general.architecture": "falcon"}),
+}  # fmt: skip
+TENSORS: dict[str, dict[str, np.ndarray]] = {
+    "fused-biases": {"blk.0.attn_qkv.weight": np.zeros((6, 2)), "blk.0.attn_q.bias": np.zeros(2)},
+    "second-scale": {"blk.0.ffn_up.weight": np.zeros((6, 2)), "blk.0.ffn_up.scale": np.ones(1)},
+    "finite-scales": {"blk.0.ffn_up.weight": np.array([[1.0, np.inf]])},
 }
 
 
@@ -184,8 +235,22 @@ def test_faults_of_gguf(rule: str, gguf_file: Path, monkeypatch: pytest.MonkeyPa
     whole = read_gguf(gguf_file)
     kept = {k: v for k, v in whole.metadata.items() if changes.get(k, "") is not None}
     metadata = kept | {k: v for k, v in changes.items() if v is not None}
+    assert rule not in {name for name, _ in told(gguf_file.parent, runtime)}
     monkeypatch.setattr(Artifact, "gguf", type("File", (), {"metadata": metadata, "tensors": {}})())
-    assert rule in found(gguf_file.parent, runtime)
+    assert rule in {name for name, _ in told(gguf_file.parent, runtime)}
+
+
+@pytest.mark.parametrize("rule", TENSORS)
+def test_faults_of_gguf_tensors(rule: str, gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file's metadata with other tensors."""
+    from tightship.validators.lint.artifact import Artifact
+
+    metadata = read_gguf(gguf_file).metadata
+    held = {n: SimpleNamespace(weight=functools.partial(Dense.of, a.astype("f4"))) for n, a in TENSORS[rule].items()}
+    monkeypatch.setattr(Artifact, "gguf", SimpleNamespace(metadata=metadata, tensors=held))
+    assert found(gguf_file.parent, "llama.cpp") == {rule}
+    monkeypatch.setattr(Artifact, "gguf", SimpleNamespace(metadata=metadata, tensors={}))
+    assert found(gguf_file.parent, "llama.cpp") == set()
 
 
 def onnx_directory(folder: Path, *, domain: str, axis: int | None, zero: int) -> Path:
@@ -222,6 +287,8 @@ def test_rules_of_onnx(tmp_path: Path) -> None:
     del config["model"]["eos_token_id"], config["model"]["type"]
     (faulty / "genai_config.json").write_text(json.dumps(config))
     assert found(faulty, "genai") == {"genai-config", "genai-eos"}
+    (clean / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True}))
+    assert told(clean, "genai") == {("genai-bos", "tokenizer_config.json")}
 
 
 def test_the_command_line(source: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
