@@ -18,7 +18,7 @@ from tightship.formats.packings.modules import PACKINGS, ModulePacking
 from tightship.formats.safetensors_file import Spec
 from tightship.layout import Layout
 from tightship.target import Exact, Refused
-from tightship.weights import Alias, Dense, Quantized, check_finite
+from tightship.weights import Dense, Quantized, check_finite
 
 COMPRESSED = "compressed-tensors"
 _FINE_GRAINED = ("fp8", "fp8-dynamic-g128")  # what the fp8 method says of activations without a word
@@ -97,7 +97,7 @@ def items(checkpoint: Checkpoint, method: str = COMPRESSED) -> list[Item]:
                 tensor=part.owner,
                 hint=f"nearest layouts: {', '.join(answer.nearest)}",
             )
-        found.append(_item(checkpoint, part, PACKINGS.get(answer.storage)))
+        found.append(_item(part, PACKINGS.get(answer.storage)))
     return found + [
         Item(name, weight, {name: Spec(dtype(weight.dtype), weight.shape)}, turned=False)
         for place, activations in sorted(checkpoint.activations.items())
@@ -173,24 +173,24 @@ def in_order(order: Sequence[str], every: Sequence[Item]) -> Iterator[tuple[str,
         yield name, ready.pop(name)
 
 
-def _item(checkpoint: Checkpoint, part: Part, packing: ModulePacking | None) -> Item:
+def _item(part: Part, packing: ModulePacking | None) -> Item:
     name, weight = part.name, part.weight
     turned = part.info is not None and part.info.rule.transposed
     if isinstance(weight, Dense):
         shape = weight.shape[::-1] if turned else weight.shape
         return Item(name, weight, {name: Spec(dtype(weight.dtype), tuple(shape))}, turned, owner=part.owner)
     assert packing is not None
-    _check_module(checkpoint, name, part.info)
+    _check_module(name, part.info)
     specs = packing.check(weight.layout, weight.shape)
     named = {f"{module(name)}.{suffix}": Spec(BY_NUMPY[spec.dtype], spec.shape) for suffix, spec in specs.items()}
     return Item(name, weight, named, turned, packing, part.owner)
 
 
-def _check_module(checkpoint: Checkpoint, name: str, info: TensorInfo | None) -> None:
+def _check_module(name: str, info: TensorInfo | None) -> None:
     """Quantization methods pack the weights of `torch.nn.Linear`.
 
     Raises:
-        Unsupported: a Conv1D, an embedding, or a tensor that others share.
+        Unsupported: a Conv1D, or an embedding (and so whatever a head is tied to).
     """
     if info is not None and info.rule.transposed:
         raise Unsupported("it lies in a Conv1D, which quantization methods do not know", tensor=name)
@@ -199,12 +199,4 @@ def _check_module(checkpoint: Checkpoint, name: str, info: TensorInfo | None) ->
             "transformers cannot look up rows of a packed embedding",
             tensor=name,
             hint="leave embeddings out of include",
-        )
-    tied = dict(checkpoint.architecture.ties)
-    borrowers = [n for n in tied if isinstance(checkpoint.weights.get(n), Alias) and tied[n] == name]
-    if borrowers:
-        raise Unsupported(
-            f"{borrowers[0]} shares this tensor, and packed tensors cannot be shared here",
-            tensor=name,
-            hint="leave embeddings and head out of include",
         )
