@@ -93,10 +93,14 @@ def read_onnx(path: Path) -> OnnxFile:
         Unsupported: string or sparse initializers.
     """
     model = _parse(path)
+    if model.graph.sparse_initializer:
+        raise Unsupported(
+            "sparse initializers are not read",
+            tensor=model.graph.sparse_initializer[0].values.name,
+            hint="tightship expand makes a shrunk file dense again",
+        )
     _check_graph(model.graph, set(), 0)
     _check_functions(model)
-    if model.graph.sparse_initializer:
-        raise Unsupported("sparse initializers are not read", tensor=model.graph.sparse_initializer[0].values.name)
     found: dict[str, StoredTensor] = {}
     for tensor in model.graph.initializer:
         if not tensor.name or tensor.name in found:

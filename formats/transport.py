@@ -35,7 +35,7 @@ from tightship.progress import Progress, no_progress
 from tightship.untrusted import strict_json
 
 _MARK = "tightship.sparse"
-_MOST_ZEROS = 1000  # an expanded file is at most so many times larger; a mask alone allows 64
+MOST_ZEROS = 1000  # an expanded file is at most so many times larger; a mask alone allows 64
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -74,7 +74,7 @@ def shrink(source: Path, target: Path, form: str = "auto", progress: Progress = 
         "tightship.header": text,
         "tightship.sha256": sha256_file(source),
     }
-    _refuse_existing(target)
+    refuse_existing(target)
     with SafetensorsWriter(target, specs, metadata) as writer:
         held: tuple[str, Mapping[str, np.ndarray]] = ("", {})
         for done, full in enumerate(writer.order):
@@ -101,7 +101,7 @@ def expand(source: Path, target: Path, progress: Progress = no_progress) -> Ship
     entries = sorted(header_entries(text, source.name).values(), key=lambda e: (e.begin, e.end))
     forms = strict_json(_said(header, "forms").encode(), f"forms of {source.name}")
     _check_size(source, entries)
-    _refuse_existing(target)
+    refuse_existing(target)
     held = _by_tensor(header)
     partial = target.with_name(f".{target.name}.partial")
     digest = hashlib.sha256()
@@ -173,10 +173,11 @@ def _said(header: Header, key: str) -> str:
 def _check_size(source: Path, entries: list[Entry]) -> None:
     total = sum(entry.end - entry.begin for entry in entries)
     size = source.stat().st_size
-    if total > _MOST_ZEROS * size:
+    if total > MOST_ZEROS * size:
         raise Malformed(f"{source.name} has {size} bytes and says it expands to {total}")
 
 
-def _refuse_existing(target: Path) -> None:
+def refuse_existing(target: Path) -> None:
+    """Nothing is overwritten."""
     if target.exists():
         raise UsageError(f"{target.name} exists already", hint="give another name")

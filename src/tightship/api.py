@@ -160,13 +160,17 @@ def lint(directory: str | Path, runtimes: Iterable[str]) -> dict[str, Any]:
 
 
 def shrink(file: str | Path, output: str | Path, *, form: str = "auto", progress: Progress = no_progress) -> Shipped:
-    """Write a safetensors file in sparse form, for shipping; `form` is one of `formats/sparse_forms.py`, or `auto`.
+    """Write a safetensors or ONNX file in sparse form, for shipping.
+
+    `form` is one of `formats/sparse_forms.py`, or `auto`; ONNX has its own sparse tensors and takes `auto` alone.
 
     Raises:
-        Malformed, UsageError: see `formats/transport.py`.
+        Malformed, Unsupported, UsageError: see `formats/transport.py` and `formats/onnx_transport.py`.
     """
-    from tightship.formats import transport
+    from tightship.formats import onnx_transport, transport
 
+    if Path(file).suffix == ".onnx" and form == "auto":
+        return onnx_transport.shrink_onnx(Path(file), Path(output), progress)
     return transport.shrink(Path(file), Path(output), form, progress)
 
 
@@ -174,10 +178,12 @@ def expand(file: str | Path, output: str | Path, *, progress: Progress = no_prog
     """Write the file that a sparse form was made of, byte for byte.
 
     Raises:
-        Malformed, UsageError: see `formats/transport.py`.
+        Malformed, UsageError: see `formats/transport.py` and `formats/onnx_transport.py`.
     """
-    from tightship.formats import transport
+    from tightship.formats import onnx_transport, transport
 
+    if Path(file).suffix == ".onnx":
+        return onnx_transport.expand_onnx(Path(file), Path(output), progress)
     return transport.expand(Path(file), Path(output), progress)
 
 

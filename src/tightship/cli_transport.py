@@ -1,4 +1,4 @@
-"""`tightship shrink` and `tightship expand`: sparse safetensors for shipping."""
+"""`tightship shrink` and `tightship expand`: sparse safetensors and ONNX for shipping."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from tightship.console import emit, envelope, progress_display, size
 
 
 @click.command(
-    short_help="A pruned safetensors file in sparse form, for shipping.",
+    short_help="A pruned safetensors or ONNX file in sparse form, for shipping.",
     help="""
 \b
 Examples:
   tightship shrink out/safetensors/model.safetensors -o model.sparse.safetensors
+  tightship shrink out/onnx/model.onnx -o model.sparse.onnx
 
-Write a safetensors file in sparse form. It is smaller to store and to ship; runtimes want it expanded.
+Write a safetensors or ONNX file in sparse form. It is smaller to store and to ship, and no faster; runtimes want it
+expanded (ONNX Runtime opens it as it is, and expands it itself).
 """,
 )
 @click.argument("file", type=click.Path(path_type=Path))
