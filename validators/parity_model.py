@@ -82,6 +82,7 @@ def small_config(real: Checkpoint) -> dict[str, Any]:
         "ffn": FFN,
         "expert_ffn": FFN // 2,
         "shared_ffn": FFN // 2,
+        "inner": 2 * HIDDEN,
         **LATENT,
         "vocab": VOCABULARY,
         "context": CONTEXT,

@@ -58,7 +58,7 @@ def attention(net: Network, block: int, x: ir.Value, sight: Sight) -> ir.Value:
     heads, kv_heads = query[1] // size, key[1] // size
     q = _turned(net, clipped(net, _head_norm(net, query[0], block, "attn_q_norm", heads)), sight, heads)
     k = _turned(net, clipped(net, _head_norm(net, key[0], block, "attn_k_norm", kv_heads)), sight, kv_heads)
-    parts = Parts(q, k, clipped(net, value[0]), heads, kv_heads, score_scale(net, size))
+    parts = Parts(q, k, clipped(net, value[0]), heads, kv_heads, score_scale(net, block, size))
     cache = sight.cache
     past = () if cache is None else net.past(block, (kv_heads, size), (kv_heads, size), cache=cache)
     sinks = net.has(block, "attn_sinks")
@@ -93,12 +93,16 @@ def with_sinks(net: Network, block: int, parts: Parts, mask: ir.Value | None, pa
     return net.heads_last(net.op("Attention", query, key, value, seen, scale=parts.scale))
 
 
-def score_scale(net: Network, size: int) -> float:
+def score_scale(net: Network, block: int, size: int) -> float:
     """The factor on scores."""
     word = net.family.attention_scale
-    if word is not None:
-        return 1.0 if word == "none" else float(net.option(word))
-    return float(net.option("query_pre_attn_scalar", size) ** -0.5)
+    if word == "none" or not net.answer(net.family.scaled):
+        factor = 1.0
+    elif word is not None:
+        factor = float(net.option(word))
+    else:
+        factor = float(net.option("query_pre_attn_scalar", size) ** -0.5)
+    return factor / (block + 1) if net.answer(net.family.by_layer) else factor
 
 
 def projections(net: Network, block: int, x: ir.Value, size: int) -> list[Projected]:

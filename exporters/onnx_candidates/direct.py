@@ -38,9 +38,9 @@ class DirectCandidate:
         two = architecture.task == SEQ2SEQ
         if family is None or family.encoder == (two or architecture.task in DECODER_TASKS):
             raise Unsupported(f"{architecture.family} for {architecture.task} is not written down here")
-        for key, value in family.must:
+        for key, value, why in family.must:
             if config.get(key, value) != value:
-                raise Unsupported(f"{architecture.family} with {key} = {config[key]!r} is not written down here")
+                raise Unsupported(f"{architecture.family} with {key} = {config[key]!r} is not written down here: {why}")
         if two:
             return _two_graphs(*(Network(config, architecture, shapes, family, stack) for stack in ("enc", "dec")))
         net = Network(config, architecture, shapes, family)

@@ -59,13 +59,15 @@ class Family:
         counted_positions: of an encoder, over tokens that are no padding (RoBERTa).
         attention_scale: config key of the factor on scores; `none` for 1. Else query_pre_attn_scalar or the head size
             to the power -1/2.
+        scaled: whether scores have that factor; a config key, or the answer.
+        by_layer: whether scores are divided by the number of the layer, from 1; a config key, or the answer.
         residual_scale: config key of the factor on what a block adds.
         logit_scale: (config key, whether it divides).
         routing: of experts.
         stacked: matrices of stacked experts are `out_in` or `in_out`; gate and up lie in one, in halves or, `in_out`,
             in turns with clamped values (gpt-oss).
         pooled: the activation behind the pooler of a classifier.
-        must: config keys with the only values that are written down here.
+        must: config keys with the only values that are written down here, and why.
     """
 
     encoder: bool = False
@@ -85,16 +87,18 @@ class Family:
     alibi: str | None = None
     counted_positions: bool = False
     attention_scale: str | None = None
+    scaled: str | bool = True
+    by_layer: str | bool = False
     residual_scale: str | None = None
     logit_scale: tuple[str, bool] | None = None
     routing: Routing = Routing()
     stacked: str = "out_in"
     pooled: str = "Tanh"
-    must: tuple[tuple[str, Any], ...] = ()
+    must: tuple[tuple[str, Any, str], ...] = ()
 
 
 _ENCODER = Family(encoder=True, norm="layer")
-_SCALED = (("scale_embedding", True),)
+_SCALED = (("scale_embedding", True, "embeddings are scaled here"),)
 _COHERE = Family(norm="layer", parallel=True, interleaved=True, logit_scale=("logit_scale", False))
 _GEMMA = Family(norm="plus_one", embed_scale="sqrt")
 _GRANITE = Family(
@@ -106,6 +110,9 @@ _GRANITE = Family(
 )
 _TWO_STACKS = Family(norm="layer", embed_scale="sqrt")
 _ROUTED = Family(routing=Routing(renormalized="norm_topk_prob"))
+_BIASED = Routing(
+    sigmoid=True, renormalized="norm_topk_prob", scale="routed_scaling_factor", grouped=True, best_of_group=2
+)
 FAMILIES = {
     "llama": Family(),
     "mistral": Family(),
@@ -134,38 +141,43 @@ FAMILIES = {
     "gptj": Family(parallel=True, interleaved=True, rotary_width="rotary_dim"),
     "codegen": Family(parallel=True, interleaved=True, rotary_width="rotary_dim", fused="quarters"),
     "gpt_neo": Family(attention_scale="none"),
-    "gpt_bigcode": Family(must=(("multi_query", True), ("scale_attn_weights", True))),
+    "gpt_bigcode": Family(scaled="scale_attn_weights", must=(("multi_query", True, "there is one key head here"),)),
     "xglm": Family(embed_scale="sqrt", position_offset=2, sinusoidal="inclusive", must=_SCALED),
     "biogpt": Family(embed_scale="sqrt", position_offset=2, must=_SCALED),
     "granite": _GRANITE,
     "granitemoe": _GRANITE,
-    "gpt2": Family(must=(("scale_attn_by_inverse_layer_idx", False), ("scale_attn_weights", True))),
+    "gpt2": Family(scaled="scale_attn_weights", by_layer="scale_attn_by_inverse_layer_idx"),
     "gpt_neox": Family(parallel="use_parallel_residual", fused="groups"),
     "bloom": Family(
         alibi="counted",
         fused="groups",
         activation="gelu_new",
-        must=(("apply_residual_connection_post_layernorm", False),),
+        must=(("apply_residual_connection_post_layernorm", False, "sums go around norms here"),),
     ),
     "opt": Family(position_offset=2, post_norm="do_layer_norm_before"),
-    "falcon": Family(parallel="parallel_attn", fused="groups", must=(("alibi", False),)),
-    "mpt": Family(alibi="indexed", norm="layer", must=(("no_bias", True),)),
+    "falcon": Family(
+        parallel="parallel_attn",
+        fused="groups",
+        must=(("alibi", False, "transformers 5.23 adds it twice with eager attention, once with sdpa: no reference"),),
+    ),
+    "mpt": Family(alibi="indexed", norm="layer", must=(("no_bias", True, "there are no biases here"),)),
     "olmo": Family(norm="layer", bare_norms=True),
     "smollm3": Family(rotated="no_rope_layers"),
     "glm4": Family(interleaved=True),
     "mamba": Family(),
+    "falcon_mamba": Family(),
+    "arcee": Family(),
+    "ernie4_5": Family(interleaved=True),
+    "olmo3": Family(),
     "deepseek_v2": Family(
         interleaved=True,
         routing=Routing(
             renormalized=False, scale="routed_scaling_factor", grouped=("topk_method", "group_limited_greedy")
         ),
     ),
-    "deepseek_v3": Family(
-        interleaved=True,
-        routing=Routing(
-            sigmoid=True, renormalized="norm_topk_prob", scale="routed_scaling_factor", grouped=True, best_of_group=2
-        ),
-    ),
+    "deepseek_v3": Family(interleaved=True, routing=_BIASED),
+    "glm4_moe": Family(routing=_BIASED),
+    "minimax_m2": Family(routing=Routing(sigmoid=True)),
     "bert": _ENCODER,
     "distilbert": replace(_ENCODER, norm_eps=1e-12, pooled="Relu"),
     "roberta": replace(_ENCODER, counted_positions=True),

@@ -104,7 +104,7 @@ def _cross_attention(net: Network, block: int, x: ir.Value, source: Source) -> i
         for old, new in zip(past, fresh, strict=True)
     ]
     net.keep(past, grown)
-    y = net.heads_last(net.op("Attention", query, *grown, source.mask, scale=score_scale(net, size)))
+    y = net.heads_last(net.op("Attention", query, *grown, source.mask, scale=score_scale(net, block, size)))
     return net.linear(net.shaped(y, (BATCH, SEQUENCE, heads * size)), block, "cross_attn_output")
 
 

@@ -29,7 +29,14 @@ def state_space(net: Network, block: int, x: ir.Value, sight: Sight) -> ir.Value
     fed, gate = net.ops("Split", both, outputs=2, axis=2, num_outputs=2)
     fed = net.op("Mul", net.activation(causal_convolution(net, block, fed, inner)), sight.kept)
     chosen = net.linear(net.shaped(fed, (BATCH, SEQUENCE, inner)), block, "ssm_x")
-    step, write, read = net.ops("Split", chosen, net.integers(rank, state, state), outputs=3, axis=2)
+    parts = net.ops("Split", chosen, net.integers(rank, state, state), outputs=3, axis=2)
+    if "mixer_eps" in net.hyper:  # FalconMamba norms each of them, without parameters
+        epsilon = float(net.hyper["mixer_eps"])
+        parts = [
+            net.norm(part, block, "ssm_norm", width=width, epsilon=epsilon)
+            for part, width in zip(parts, (rank, state, state), strict=True)
+        ]
+    step, write, read = parts
     step = net.op("Softplus", net.linear(net.shaped(step, (BATCH, SEQUENCE, rank)), block, "ssm_dt"))
     y = selective_scan(net, block, (step, net.op("Mul", step, fed), write, read), (inner, state))
     y = net.op("Add", y, net.op("Mul", fed, net.parameter(block, "ssm_d")))

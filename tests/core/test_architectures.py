@@ -32,6 +32,8 @@ MODERN |= {f"{kind}_bias": True for kind in ("norm", "attention", "mlp", "classi
 LATENT = {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
 LATENT |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 2, "moe_intermediate_size": 32}
 LATENT |= {"num_key_value_heads": 4, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
+GLM_MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
+GLM_MOE |= {"pad_token_id": 0, "head_dim": 16}
 T5 = {"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
 MAMBA = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}
 SMOL = {"pad_token_id": 0, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
@@ -100,6 +102,15 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("DeepseekV2Config", "DeepseekV2ForCausalLM", {**DECODER, **LATENT, "q_lora_rank": None}),
     ("DeepseekV3Config", "DeepseekV3ForCausalLM", {**DECODER, **LATENT}),
     ("DeepseekV3Config", "DeepseekV3ForCausalLM", {**DECODER, **LATENT, "q_lora_rank": None}),
+    ("FalconMambaConfig", "FalconMambaForCausalLM", {**MAMBA, "use_bias": True}),
+    ("FalconMambaConfig", "FalconMambaForCausalLM", {**MAMBA, "tie_word_embeddings": False}),
+    ("ArceeConfig", "ArceeForCausalLM", {**DECODER, "attention_bias": True, "mlp_bias": True}),
+    ("Ernie4_5Config", "Ernie4_5ForCausalLM", {**DECODER, "use_bias": True, "pad_token_id": 0}),
+    ("Ernie4_5Config", "Ernie4_5ForCausalLM", {**DECODER, "tie_word_embeddings": False, "pad_token_id": 0}),
+    ("Olmo3Config", "Olmo3ForCausalLM", {**DECODER, "attention_bias": True, "pad_token_id": 0}),
+    ("Glm4MoeConfig", "Glm4MoeForCausalLM", {**DECODER, **GLM_MOE, "use_qk_norm": True, "attention_bias": True}),
+    ("Glm4MoeConfig", "Glm4MoeForCausalLM", {**DECODER, **GLM_MOE}),
+    ("MiniMaxM2Config", "MiniMaxM2ForCausalLM", {**DECODER, "num_local_experts": 3, "num_experts_per_tok": 2}),
     ("MambaConfig", "MambaForCausalLM", MAMBA),
     ("MambaConfig", "MambaForCausalLM", {**MAMBA, "use_bias": True, "tie_word_embeddings": False}),
     ("T5Config", "T5ForConditionalGeneration", T5),

@@ -108,12 +108,20 @@ def test_the_first_that_passes_is_used(tiny: Tiny, family: str) -> None:
 
 @pytest.mark.slow
 def test_capture_is_the_last_resort(tiny: Tiny) -> None:
-    """Scores over the layer's number: not among our blocks, ignored by mobius, seen by capture."""
-    config = {**tiny("gpt2").config, "scale_attn_by_inverse_layer_idx": True}
+    """An activation that neither our blocks nor mobius have, and that capture sees."""
+    config = {**tiny("gpt2").config, "activation_function": "laplace"}
     choice = parity.ParityJudge()(candidates(), tiny("gpt2").replace(config=config))
     assert isinstance(choice.candidate, CaptureCandidate)
     assert [j.passed for j in choice.judgements] == [False, False, True]
     assert all(j.reason for j in choice.judgements[:-1])
+
+
+def test_alibi_of_falcon_is_refused_by_name(tiny: Tiny) -> None:
+    """transformers' eager attention adds it to the mask and to the scores, so nothing can be held against it."""
+    with pytest.raises(Unsupported, match=r"falcon with alibi = True is not written down here: transformers"):
+        parity.ParityJudge()(
+            (DirectCandidate(),), tiny("falcon").replace(config={**tiny("falcon").config, "alibi": True})
+        )
 
 
 def test_none_left_is_unsupported_with_every_reason(tiny: Tiny) -> None:
