@@ -52,7 +52,7 @@ RATES = [1e-3, 3e-3]
 SEEDS = [0, 1, 2]
 RECOVERIES: list[tuple[str, dict[str, Any]]] = [
     ("teacher", {"rate": 3e-4, "batch": 4}),
-    ("teacher", {"rate": 1e-3, "batch": 4}),
+    ("teacher", {"rate": 5e-4, "batch": 4}),
     ("full", {"rate": 5e-4}),
     ("lora", {"rate": 2e-3, "rank": 16}),
     ("norms", {"rate": 5e-3}),

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from tightship import ranks
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Malformed, UsageError
 from tightship.modelview import ModelView
@@ -127,12 +128,13 @@ def lessons(checkpoint: Checkpoint, run: Run, how: Training, *, written: bool = 
 def _written(writer: Checkpoint, run: Run, how: Training) -> Sequence[np.ndarray]:
     """Text of the model's own, kept in the scratch directory so that a resumed run reads the same."""
     path = None if run.scratch is None else Path(run.scratch) / "written.safetensors"
-    if path is None or not path.exists():
-        view = ModelView(writer, threads=run.threads, device=run.device)
-        ids = np.stack(generated_windows(view, tokens=how.tokens, sequence=how.sequence, seed=run.seed))
-        if path is None:
-            return tuple(ids)
-        write_whole(path, {"ids": ids})
+    with ranks.first():
+        if path is None or not path.exists():
+            view = ModelView(writer, threads=run.threads, device=run.device)
+            ids = np.stack(generated_windows(view, tokens=how.tokens, sequence=how.sequence, seed=run.seed))
+            if path is None:
+                return tuple(ids)
+            write_whole(path, {"ids": ids})
     return tuple(read_arrays(path, ["ids"])["ids"])
 
 

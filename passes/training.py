@@ -5,6 +5,9 @@ through all steps, and whatever is random about one hangs on the seed and its nu
 and state of the random generator at once. With the tensors and AdamW's two moments that is all of a snapshot, so a run
 that was killed ends in the bytes of one that was not.
 
+Under `torchrun` each process takes its share of a step's micro-batches and gradients are added up (`tightship.ranks`),
+so a step is the same step however many processes make it. With two the sums are the same to the bit.
+
 Masks, grids and ties are no business of the loop: they are held by `tightship.passes.leaves`.
 """
 
@@ -19,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from tightship import ranks
 from tightship.errors import Malformed, UsageError
 from tightship.passes.base import Run
 from tightship.stage_codec import read_arrays, write_whole
@@ -92,9 +96,15 @@ def fit(
 
     Raises:
         Malformed: the loss is no finite number.
+        UsageError: the processes under `torchrun` cannot share the micro-batches.
     """
     import torch
 
+    if how.accumulate % ranks.world():
+        raise UsageError(
+            f"training: {how.accumulate} micro-batches of a step cannot be shared by {ranks.world()} processes",
+            hint=f"accumulate: {ranks.world()}, with a smaller `batch`",
+        )
     optimizer = _adamw(tensors, how)
     kept = _Snapshot(run.scratch, key)
     measured = held_out or (lambda: math.nan)
@@ -110,7 +120,9 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = how.rate_at(step, steps)
             batches = range(step * how.accumulate, (step + 1) * how.accumulate)
-            found = sum(_add_gradients(loss, number, how, run.device) for number in batches)
+            mine = batches[ranks.rank() :: ranks.world()]
+            found = sum(_add_gradients(loss, number, how, run.device) for number in mine)
+            found = ranks.add_up(_with_gradients(tensors), found)
             if not math.isfinite(found):
                 raise Malformed(f"training diverged: the loss of step {step} is {found}", hint="a lower `rate`")
             _apply_gradients(tensors, how, optimizer)
@@ -143,12 +155,19 @@ def _add_gradients(loss: Callable[[int], torch.Tensor], number: int, how: Traini
     return float(part.detach())
 
 
-def _apply_gradients(tensors: Mapping[str, torch.Tensor], how: Training, optimizer: Any) -> None:
+def _with_gradients(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors; those that had no part in the loss get zeros, or AdamW would leave their moments unmade."""
     import torch
 
     for tensor in tensors.values():
-        if tensor.grad is None:  # no part in this loss; AdamW would leave its moments unmade
+        if tensor.grad is None:
             tensor.grad = torch.zeros_like(tensor)
+    return list(tensors.values())
+
+
+def _apply_gradients(tensors: Mapping[str, torch.Tensor], how: Training, optimizer: Any) -> None:
+    import torch
+
     torch.nn.utils.clip_grad_norm_(list(tensors.values()), how.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -207,7 +226,7 @@ class _Snapshot:
         return step, found["history"].tolist()
 
     def save(self, tensors: Mapping[str, torch.Tensor], optimizer: Any, step: int, history: list[list[float]]) -> None:
-        if self._path is None:
+        if self._path is None or ranks.rank() > 0:
             return
         arrays = {"step": np.array([step]), "history": np.array(history, np.float64)}
         for name, tensor in tensors.items():

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tightship import ranks
 from tightship.checkpoint import Checkpoint
 from tightship.durable import write_file
 from tightship.errors import GateFailed
@@ -56,13 +57,17 @@ class Built:
 
 
 def build(recipe: Recipe, output: Path, settings: Settings, progress: Progress = no_progress) -> Built:
-    """Make, prove and publish every target of a recipe.
+    """Make, prove and publish every target of a recipe. Of several processes (`ranks`) the first one does.
 
     Raises:
         GateFailed: a proof failed or did not run; nothing is published, the message tells where the report is.
         UsageError, Unsupported, Malformed: before any work.
         EnvironmentFailure: disk, memory, a missing runtime, another build at the same output.
     """
+    ranks.join(settings.device)
+    if ranks.rank() > 0:
+        follow(recipe, settings)
+        raise SystemExit(0)
     name = Path(output).name
     with (
         environment_failures(f"building {name}"),
@@ -70,6 +75,12 @@ def build(recipe: Recipe, output: Path, settings: Settings, progress: Progress =
         RunLog(settings.work, output) as log,
     ):
         return _Build(recipe, settings, publication, log, log.progress(progress)).run()
+
+
+def follow(recipe: Recipe, settings: Settings) -> None:
+    """Walk the passes beside the process that builds; training passes are shared with it."""
+    plan = make_plan(recipe, settings)
+    run_passes(plan.hashed(no_progress), recipe, settings, no_progress)
 
 
 class _Build:

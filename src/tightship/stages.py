@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tightship import ranks
 from tightship.calibration_text import Reading, read
 from tightship.checkpoint import Checkpoint
 from tightship.durable import sha256_file
@@ -21,10 +22,10 @@ from tightship.recipe import Recipe, Step, is_quantizing
 from tightship.settings import Settings
 from tightship.store import Store, source_key, stage_key
 from tightship.suggest import did_you_mean
-from tightship.target import Progress, Target
+from tightship.target import Progress, Target, no_progress
 
 if TYPE_CHECKING:
-    from tightship.passes.base import Pass
+    from tightship.passes.base import Pass, Run
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,11 @@ def run_stage(state: State, stage: Stage, shop: Workshop) -> State:
         **_amount(shop.recipe),
     )
 
+    made: list[Path | None] = []
+
     def make(scratch: Path | None) -> Checkpoint:
+        if not stage.streamed:
+            made.append(ranks.shared(scratch))
         after = work.apply(before, replace(run, scratch=scratch))
         work.ensures(before, after)
         return after
@@ -202,12 +207,29 @@ def run_stage(state: State, stage: Stage, shop: Workshop) -> State:
     if stage.streamed:
         after, how = make(None), "streamed"
     else:
+        if ranks.rank() > 0:
+            _lend_hands(work, before, run)
         after, how, entry = shop.store.get_or_make(key, before, make, about=entry)
+        if ranks.rank() == 0:
+            if not made:
+                ranks.shared(None)
+            ranks.barrier()
         if shop.settings.keep_stages:
             shop.store.pin(key)
     entry |= {"state": how, "key": key}
     told = tuple(stage for stage in reading.log if stage["key"] not in {known["key"] for known in state.log})
     return State(_recorded(before, after, work), key, (*state.log, *told, entry))
+
+
+def _lend_hands(work: Pass, before: Checkpoint, run: Run) -> None:
+    """What a process beside the first does until that one has stored a stage: train with it, if it trains."""
+    from tightship.passes.base import no_report
+    from tightship.passes.training import Training
+
+    scratch = ranks.shared(None)
+    if scratch is not None and isinstance(work, Training):
+        work.apply(before, replace(run, scratch=scratch, progress=no_progress, report=no_report))
+    ranks.barrier()
 
 
 def first_state(checkpoint: Checkpoint) -> State:
@@ -224,6 +246,7 @@ def conditions(settings: Settings) -> dict[str, Any]:
         "isa": torch.backends.cpu.get_cpu_capability(),
         "threads": settings.threads,
         "torch": torch.__version__,
+        **({"processes": ranks.world()} if ranks.world() > 1 else {}),
     }
 
 

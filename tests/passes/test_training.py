@@ -109,3 +109,15 @@ def test_a_loss_that_is_no_number_is_an_error() -> None:
 def test_options_are_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Training(**wrong)
+
+
+def test_bfloat16_passes_keep_weights_and_moments_in_float32(tmp_path: Path) -> None:
+    """Autocast rounds the forward pass alone: the result lies near that of float32 and is not the same."""
+    found = {}
+    for precision in ("f32", "bf16"):
+        tensors, loss = problem()
+        fit(tensors, loss, dataclasses.replace(HOW, precision=precision), 6, Run(scratch=tmp_path), key=precision)
+        assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+        found[precision] = tensors["matrix"].detach()
+    assert not torch.equal(found["f32"], found["bf16"])
+    torch.testing.assert_close(found["bf16"], found["f32"], atol=0.05, rtol=0.05)
