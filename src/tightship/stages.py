@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,9 @@ from tightship.target import Progress, Target, no_progress
 
 if TYPE_CHECKING:
     from tightship.passes.base import Pass, Run
+
+
+Make = Callable[[Path], Checkpoint]
 
 
 @dataclass(frozen=True)
@@ -195,11 +199,7 @@ def run_stage(state: State, stage: Stage, shop: Workshop) -> State:
         **_amount(shop.recipe),
     )
 
-    made: list[Path | None] = []
-
     def make(scratch: Path | None) -> Checkpoint:
-        if not stage.streamed:
-            made.append(ranks.shared(scratch))
         after = work.apply(before, replace(run, scratch=scratch))
         work.ensures(before, after)
         return after
@@ -207,13 +207,8 @@ def run_stage(state: State, stage: Stage, shop: Workshop) -> State:
     if stage.streamed:
         after, how = make(None), "streamed"
     else:
-        if ranks.rank() > 0:
-            _lend_hands(work, before, run)
-        after, how, entry = shop.store.get_or_make(key, before, make, about=entry)
-        if ranks.rank() == 0:
-            if not made:
-                ranks.shared(None)
-            ranks.barrier()
+        with _hands(work, before, run) as lent:
+            after, how, entry = shop.store.get_or_make(key, before, lent(make), about=entry)
         if shop.settings.keep_stages:
             shop.store.pin(key)
     entry |= {"state": how, "key": key}
@@ -221,14 +216,35 @@ def run_stage(state: State, stage: Stage, shop: Workshop) -> State:
     return State(_recorded(before, after, work), key, (*state.log, *told, entry))
 
 
-def _lend_hands(work: Pass, before: Checkpoint, run: Run) -> None:
-    """What a process beside the first does until that one has stored a stage: train with it, if it trains."""
+@contextmanager
+def _hands(work: Pass, before: Checkpoint, run: Run) -> Iterator[Callable[[Make], Make]]:
+    """The first process makes the stage, or finds it, in the body, and others lend their hands if it trains.
+
+    Yields what has to be put around the making. Those others enter the body when the stage is stored.
+    """
     from tightship.passes.base import no_report
     from tightship.passes.training import Training
 
-    scratch = ranks.shared(None)
-    if scratch is not None and isinstance(work, Training):
-        work.apply(before, replace(run, scratch=scratch, progress=no_progress, report=no_report))
+    if ranks.rank() > 0:
+        scratch = ranks.shared(None)
+        if scratch is not None and isinstance(work, Training):
+            work.apply(before, replace(run, scratch=scratch, progress=no_progress, report=no_report))
+        ranks.barrier()
+        yield lambda make: make
+        return
+    told = False
+
+    def around(make: Make) -> Make:
+        def telling(scratch: Path) -> Checkpoint:
+            nonlocal told
+            told = ranks.shared(scratch) is not None
+            return make(scratch)
+
+        return telling
+
+    yield around
+    if not told:
+        ranks.shared(None)
     ranks.barrier()
 
 
