@@ -6,7 +6,8 @@ that it reads is left out, and what it ignores must be neutral in config.json, o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gguf import GGML_QUANT_VERSION, LlamaFileType
@@ -55,6 +56,8 @@ def general_fields(checkpoint: Checkpoint, arch: str) -> tuple[dict[str, Field],
     }
     if source.revision:
         fields["tightship.source.revision"] = Field("str", source.revision)
+    if passes := _recipe(checkpoint.history):
+        fields["tightship.recipe"] = Field("str", json.dumps(passes, sort_keys=True, separators=(",", ":")))
     notes = []
     lowered = checkpoint.name.lower()
     named = "phi-3" in lowered or "phi3" in lowered
@@ -67,6 +70,16 @@ def general_fields(checkpoint: Checkpoint, arch: str) -> tuple[dict[str, Field],
     if wanted and not named:
         fields["general.name"] = Field("str", f"phi-3 {checkpoint.name}")
     return fields, notes
+
+
+def _recipe(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The passes and what they were told, without those of a scheme: `general.file_type` names it."""
+    told = []
+    for step in history:
+        options = {key: value for key, value in step.get("with", {}).items() if value not in (None, {}, [], ())}
+        if step["use"] != "quantize" or "layout" in options or "bytes" in options:
+            told.append({"use": step["use"], "with": options})
+    return told
 
 
 def _has_phi3_tokens(files: Mapping[str, bytes]) -> bool:

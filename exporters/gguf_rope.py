@@ -4,6 +4,7 @@
 |--------------------------|-------------------|-----------------------------------------------|
 | default                  | none              |                                               |
 | linear                   | linear            |                                               |
+| dynamic                  | none              | (stretches beyond the context, where files end)|
 | llama3                   | none              | rope_freqs.weight, one divisor a frequency    |
 | yarn                     | yarn              |                                               |
 | longrope                 | longrope          | rope_factors_long.weight, _short.weight       |
@@ -44,6 +45,8 @@ def rope(config: Mapping[str, Any], hyper: Mapping[str, Any], gguf: Mapping[str,
     local = _local(given, gguf)
     given = given.get("full_attention", given)
     kind = given.get("rope_type", given.get("type", "default"))
+    if kind == "dynamic":
+        kind = "default"  # transformers changes the base for texts beyond max_position_embeddings alone
     if kind not in gguf["rope_types"]:
         raise Unsupported(
             f"llama.cpp's {gguf['arch']} does not read rope type {kind!r}; it reads {', '.join(gguf['rope_types'])}"

@@ -13,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from tightship.checkpoint import Checkpoint
+from tightship.errors import Unsupported
 from tightship.formats.threads import in_order
 from tightship.layout import Arrays, Layout
 from tightship.passes.base import Needs, Run
@@ -67,7 +68,12 @@ def quantize(name: str, w: Dense, layout: Layout, importance: np.ndarray | None 
 
     def solve(first: int) -> None:
         part = finite(name, read(first, min(first + step, rows)).astype(np.float32, copy=False))
-        for key, values in layout.quantize(part, importance).items():
+        try:
+            found = layout.quantize(part, importance)
+        except Unsupported as error:
+            error.tensor = name
+            raise
+        for key, values in found.items():
             arrays[key][first : first + step] = values
 
     for _ in in_order(solve, range(0, rows, step)):

@@ -179,6 +179,17 @@ def test_overrides_decide_first(to_file: Callable) -> None:
     assert any(t.reason == "override Q8_0" for t in plan.tensors)
 
 
+def test_overrides_tell_letters_apart() -> None:
+    """llama-quantize lowers patterns, so that `\\D` becomes a digit; ours are taken as they are."""
+    listed, model = matrices("grouped")
+    chosen = choose(
+        "q4_k_m", listed, model, {r"blk\.\d+\.ATTN_Q": "q8_0", r"blk\.\D+": "q5_0", r"^\D+\.0\.attn_k": "q6_k"}
+    )
+    types = {name: choice.type_name for name, choice in chosen.items()}
+    assert {types[f"blk.{i}.attn_q.weight"] for i in range(3)} == {"Q4_K"}
+    assert (types["blk.0.attn_k.weight"], types["blk.1.attn_k.weight"]) == ("Q6_K", "Q4_K")
+
+
 @pytest.mark.parametrize(
     ("scheme", "overrides", "message"),
     [

@@ -13,6 +13,7 @@ import pytest
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported, UsageError
 from tightship.exporters.to_gguf import GgufExporter
+from tightship.formats.gguf_file import read_gguf
 from tightship.opening import open_checkpoint
 from tightship.passes import pass_for
 from tightship.passes.base import Run
@@ -139,3 +140,16 @@ def test_metadata_that_would_lie(metadata: dict[str, Any], message: str, tmp_pat
         export(open_checkpoint(EMBER), Target("gguf", None, {"metadata": metadata}), tmp_path / "out")
     with pytest.raises(UsageError, match="cannot be read"):
         export(open_checkpoint(EMBER), Target("gguf", None, {"chat_template": "missing.jinja"}), tmp_path / "none")
+
+
+def test_the_file_says_which_passes_made_it(tmp_path: Path) -> None:
+    checkpoint, exporter, target = open_checkpoint(EMBER), GgufExporter(), Target("gguf")
+    pruned = {"use": "prune", "revision": 1, "with": {"method": "magnitude", "sparsity": 0.5, "steps": None}}
+    scheme = {"use": "quantize", "revision": "1.1", "with": {"solver": "rtn", "layout": None, "layouts": {"a": "q8_0"}}}
+    found = []
+    for number, history in enumerate([(), (pruned, scheme)]):
+        folder, made = tmp_path / str(number), checkpoint.replace(history=history)
+        folder.mkdir()
+        main = exporter.export(made, exporter.plan(made, target), folder).main
+        found.append(read_gguf(folder / main).metadata.get("tightship.recipe"))
+    assert found == [None, '[{"use":"prune","with":{"method":"magnitude","sparsity":0.5}}]']
