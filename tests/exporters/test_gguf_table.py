@@ -15,9 +15,16 @@ import numpy as np
 import pytest
 
 from tightship.architecture import all_architectures
+from tightship.exporters.to_gguf import GgufExporter
+from tightship.exporters.to_onnx import reference_graph
 from tightship.modelview import ModelView
 from tightship.opening import open_checkpoint
+from tightship.target import Target
 from tightship.validators.llama_gelu import llama_gelus
+from tightship.validators.parity import judge
+from tightship.validators.runtimes.onnx_runtime import Graph, open_session
+from tightship.validators.stored import open_stored
+from tightship.validators.structure import structure_checks
 
 PAGE = Path(__file__).parents[2] / "docs" / "gguf-families.md"
 SIZES = {
@@ -206,6 +213,30 @@ def test_the_table_says_what_is_measured(
     assert (written.gelu is None) == (row.gelu is None)
     for name in ("q8_weights", "q8_runtime", "q4_weights", "q4_runtime"):
         assert getattr(row, name) == pytest.approx(getattr(written, name), rel=0.5, abs=1e-3), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in MODELS if family != "t5"])  # tests/e2e builds that one
+def test_a_build_finds_all_that_it_proves_with(
+    family: str, save_model: Callable, byte_level: Path, tmp_path: Path
+) -> None:
+    """What a build asks for beside the page's figures: an ONNX graph that computes the model, and a sound file."""
+    checkpoint = open_checkpoint(save_model(*MODELS[family], byte_level, std=0.06))
+    graph = Graph(open_session(reference_graph(checkpoint, made(tmp_path / "onnx"), judge), "graph"))
+    ids = np.random.default_rng(1).integers(3, 500, (2, 40))
+    expected = ModelView(checkpoint).outputs(ids)
+    for name, found in graph.outputs({"input_ids": ids}).items():
+        assert apart(found, expected[name]) <= 1e-5
+    exporter, folder = GgufExporter(), made(tmp_path / "gguf")
+    plan = exporter.plan(checkpoint, Target("gguf"))
+    exported = exporter.export(checkpoint, plan, folder)
+    checks = structure_checks(checkpoint, plan, folder, exported, open_stored(checkpoint, plan, folder, exported))
+    assert [check.reason for check in checks if check.verdict != "pass"] == []
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def test_no_family_is_left_out() -> None:
