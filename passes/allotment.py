@@ -1,14 +1,16 @@
 """How many units each block keeps where blocks may differ: many where losing them hurts the model, few elsewhere.
 
-Every block loses its units alone, as many as all would lose if they were alike, and the model's output is compared
-with what it was; the cost of each unit (`silence.unit_costs`) is scaled by that. Then one cost is found, the same for
-all blocks, below which units go (water-filling, as in `schedules`). Every block keeps one step of units at least, since
-neither a block without heads nor one without MLP runs everywhere; all blocks together keep what uniform ones would.
+Every block loses units alone, in several numbers around those that all would lose if they were alike, and the model's
+output is compared with what it was. What each further step of units costs follows from that, and one cost is found, the
+same for all blocks, below which units go (water-filling, as in `schedules`). Every block keeps one step of units at
+least, since neither a block without heads nor one without MLP runs everywhere; all blocks together keep what uniform
+ones would.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,10 +20,9 @@ from tightship.checkpoint import Checkpoint
 from tightship.modelview import ModelView
 from tightship.passes.base import Run
 from tightship.passes.calibration import MomentSums, calibration_windows
-from tightship.passes.hessian import damped
 from tightship.passes.masks import finite
-from tightship.passes.schedules import Layer, zeros_per_layer
-from tightship.passes.silence import silenced, unit_costs
+from tightship.passes.schedules import SPREAD, Layer, zeros_per_layer
+from tightship.passes.silence import silenced
 from tightship.passes.spaces import Space
 from tightship.passes.stand_ins import StandIns
 
@@ -43,24 +44,44 @@ def allotted(
         step.observe(sums)
         for name in [name for name in step.linears if name in readers]:
             info, space = readers[name]
-            w, keep = finite(name, step.read(name)), counts[space.name]
-            columns, second = space.columns(info, checkpoint.hyper), sums.of(name, w.shape[1]).second
-            before = alone.put(name, silenced(w, second, columns, keep, spec.damp))
-            hurt = alone.divergence()
-            alone.put(name, before)
-            run.report(f"{space.name} of block {step.index}", {"divergence": hurt})
-            costs = np.sort(unit_costs(w.astype(np.float64), damped(second, spec.damp), columns))
-            curves[space.name].append(costs * hurt / (float(costs[: len(costs) - keep].sum()) or 1.0))
+            w, second = finite(name, step.read(name)), sums.of(name, info.shape[1]).second
+            quiet = functools.partial(silenced, w, second, space.columns(info, checkpoint.hyper), damp=spec.damp)
+            hurt = functools.partial(_hurt, alone, name, quiet)
+            costs = step_costs(hurt, space.units, counts[space.name], space.step(spec.multiple))
+            run.report(f"{space.name} of block {step.index}", {"divergence": float(costs.sum())})
+            curves[space.name].append(costs)
     return {s.name: shares_of(curves[s.name], counts[s.name], s.step(spec.multiple)) for s in spaces}
+
+
+def _hurt(model: StandIns, name: str, quiet: Callable[[int], np.ndarray], keep: int) -> float:
+    """What the model's output loses when the matrix `name` reads `keep` units."""
+    before = model.put(name, quiet(keep))
+    found = model.divergence()
+    model.put(name, before)
+    return found
+
+
+def step_costs(hurt: Callable[[int], float], units: int, keep: int, step: int) -> np.ndarray:
+    """(units / step,) float64, ascending: what each further step of units that goes costs.
+
+    `hurt(n)`, what it costs to keep n, is measured at the share that is asked for and at two on either side, as far as
+    shares may lie apart; straight lines lie in between, and no step is cheaper than the one before it.
+    """
+    packs = units // step
+    shares = 1 - keep / units + np.linspace(-2, 2, 5) * SPREAD["water-fill"]
+    places = np.unique(np.clip(np.rint(shares * packs).astype(int), 1, packs - 1))
+    known = np.maximum.accumulate([hurt(units - int(place) * step) for place in places])
+    ends = [0.0, *known, known[-1] * packs / places[-1]]
+    return np.maximum.accumulate(np.diff(np.interp(np.arange(packs + 1), [0, *places, packs], ends)))
 
 
 def shares_of(curves: list[np.ndarray], keep: int, step: int) -> list[int]:
     """Units that each block keeps, multiples of `step` and at least one, `keep` on average.
 
-    `curves`: of each block the ascending costs of its units, their number a multiple of `step`.
+    `curves`: of each block what each further step of units costs, ascending.
     """
-    packs = len(curves[0]) // step - 1  # the last one stays in every case
-    layers = {str(n): Layer(packs, costs=curve.reshape(-1, step).sum(axis=1)[:-1]) for n, curve in enumerate(curves)}
+    packs = len(curves[0]) - 1  # the last one stays in every case
+    layers = {str(n): Layer(packs, costs=curve[:-1]) for n, curve in enumerate(curves)}
     gone = packs + 1 - keep // step
     removed = zeros_per_layer("water-fill", layers, gone / packs)
     return [(packs + 1 - removed[name]) * step for name in layers]

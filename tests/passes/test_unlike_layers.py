@@ -12,7 +12,7 @@ from tightship.errors import Malformed, Unsupported, UsageError
 from tightship.exporters import exporter_for
 from tightship.modelview import ModelView
 from tightship.passes import pass_for
-from tightship.passes.allotment import shares_of
+from tightship.passes.allotment import shares_of, step_costs
 from tightship.passes.base import Run
 from tightship.passes.spaces import Space, space_of
 from tightship.passes.structural import cut_silent
@@ -66,10 +66,24 @@ def test_blocks_cut_to_unlike_widths_compute_the_same(name: str, tiny: Callable[
 
 
 def test_costly_blocks_keep_more_and_the_sum_stays() -> None:
-    cheap, dear = np.full(20, 1.0), np.full(20, 100.0)
+    cheap, dear = np.full(10, 1.0), np.full(10, 100.0)
     assert shares_of([cheap, dear, cheap], keep=10, step=2) == [8, 14, 8]  # no share is more than 0.2 from the mean
     assert sum(shares_of([np.arange(8.0), np.arange(8.0) * 2, np.arange(8.0) * 3], keep=5, step=1)) == 15
     assert shares_of([np.zeros(4), np.full(4, 9.0)], keep=2, step=1) == [1, 3]  # never none
+
+
+def test_costs_are_measured_around_the_share_asked_for() -> None:
+    seen: list[int] = []
+
+    def hurt(keep: int) -> float:
+        seen.append(keep)
+        return float(100 - keep) ** 2
+
+    costs = step_costs(hurt, units=100, keep=50, step=5)
+    assert seen == [70, 60, 50, 40, 30]  # the share and two more on either side
+    np.testing.assert_allclose(np.cumsum(costs)[[5, 7, 9, 11, 13]], [900, 1600, 2500, 3600, 4900])
+    assert (np.diff(costs) >= 0).all()
+    assert len(costs) == 20
 
 
 def test_a_block_whose_units_matter_little_loses_most(tiny: Callable[[str], Checkpoint]) -> None:
