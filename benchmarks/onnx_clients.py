@@ -1,17 +1,20 @@
-"""The same greedy text from every client of one ONNX decoder.
+"""The same greedy text from every client of one ONNX model that writes.
 
     python benchmarks/onnx_clients.py ARTIFACT [--tokens 64] [--optimum PYTHON] [--transformers-js DIR] [--out DIR]
 
-ARTIFACT is a directory with config.json and `model.onnx` or `onnx/model.onnx`. Three prompts of different lengths are
-continued greedily, end tokens ignored, by
+ARTIFACT is a directory with config.json and a graph, at its root or in `onnx/`: `model.onnx`, or an encoder and its
+decoder. Or it is a class of tests/data/onnx_models.json (BartForConditionalGeneration), a random model of which is
+exported first, to `onnx/` in a temporary directory. Three prompts of different lengths are continued (of an encoder and
+its decoder: answered) greedily, end tokens ignored, by
 
 | client             | how                                                                                            |
 |--------------------|------------------------------------------------------------------------------------------------|
 | ours               | one prompt at a time, our own loop over ONNX Runtime                                           |
-| onnxruntime-genai  | one prompt at a time, its loop and its cache                                                   |
-| optimum            | ORTModelForCausalLM.generate of the interpreter PYTHON (transformers 4.57, optimum-onnx), one  |
-|                    | prompt at a time, and once more as one batch padded on the left                                |
-| transformers.js    | AutoModelForCausalLM.generate in Node, from the package in DIR/node_modules                    |
+| onnxruntime-genai  | one prompt at a time, its loop and its cache; it has no encoders with decoders of text         |
+| optimum            | ORTModelForCausalLM or ORTModelForSeq2SeqLM of the interpreter PYTHON (transformers 4.57,      |
+|                    | optimum-onnx): generate one prompt at a time, and once more as one batch padded on the left    |
+|                    | (on the right for an encoder: BART counts places over padding, transformers' own does so too)  |
+| transformers.js    | AutoModelForCausalLM or AutoModelForSeq2SeqLM in Node, from the package in DIR/node_modules    |
 
 Tokens must be equal, all of them. Writes onnx_clients-NAME.json.
 """
@@ -21,56 +24,65 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tightship.exporters.onnx_candidates.skeleton import DECODER, MAIN
+from tightship.modelview import start_token
+
 LENGTHS = (5, 9, 14)
+TOKENS = 64
 OPTIMUM = """
 import json, sys, torch
 import transformers, optimum.onnxruntime as o
 from importlib.metadata import version
 job = json.load(open(sys.argv[1]))
-model = o.ORTModelForCausalLM.from_pretrained(job["artifact"], use_io_binding=False)
+kind = o.ORTModelForSeq2SeqLM if job["two"] else o.ORTModelForCausalLM
+model = kind.from_pretrained(job["artifact"], use_io_binding=False, subfolder=job["folder"] if job["two"] else "")
 options = dict(max_new_tokens=job["tokens"], min_new_tokens=job["tokens"], do_sample=False, pad_token_id=0)
 def go(ids, mask):
     out = model.generate(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), **options)
-    return out[:, len(ids[0]):].tolist()
+    return out[:, 1 if job["two"] else len(ids[0]):].tolist()
 alone = [go([p], [[1] * len(p)])[0] for p in job["prompts"]]
 wide = max(map(len, job["prompts"]))
-padded = go([[0] * (wide - len(p)) + p for p in job["prompts"]],
-            [[0] * (wide - len(p)) + [1] * len(p) for p in job["prompts"]])
+def wider(p, real):
+    pad = [0] * (wide - len(p))
+    return real + pad if job["two"] else pad + real
+padded = go([wider(p, p) for p in job["prompts"]], [wider(p, [1] * len(p)) for p in job["prompts"]])
 versions = {n: version(n) for n in ("transformers", "optimum-onnx", "onnxruntime")}
 print(json.dumps({"alone": alone, "padded": padded, "versions": versions}))
 """
 JAVASCRIPT = """
 import fs from "node:fs";
-import { AutoModelForCausalLM, Tensor, env } from "@huggingface/transformers";
+import { AutoModelForCausalLM, AutoModelForSeq2SeqLM, Tensor, env } from "@huggingface/transformers";
 const job = JSON.parse(fs.readFileSync(process.argv[2]));
 env.allowRemoteModels = false;
 env.localModelPath = job.parent;
 const how = { dtype: "fp32", subfolder: job.folder, device: "cpu" };
-const model = await AutoModelForCausalLM.from_pretrained(job.name, how);
+const model = await (job.two ? AutoModelForSeq2SeqLM : AutoModelForCausalLM).from_pretrained(job.name, how);
 const found = [];
 for (const p of job.prompts) {
   const ids = new Tensor("int64", BigInt64Array.from(p.map(BigInt)), [1, p.length]);
   const mask = new Tensor("int64", BigInt64Array.from(p.map(() => 1n)), [1, p.length]);
   const out = await model.generate({ inputs: ids, attention_mask: mask, max_new_tokens: job.tokens,
                                      min_new_tokens: job.tokens, do_sample: false });
-  found.push(out.tolist()[0].slice(p.length).map(Number));
+  found.push(out.tolist()[0].slice(job.two ? 1 : p.length).map(Number));
 }
 console.log(JSON.stringify({ alone: found, versions: { "transformers.js": env.version } }));
 process.exit(0);
 """
 
 
-def ours(graph: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
-    from tightship.validators.runtimes.onnx_runtime import Graph, open_session
+def ours(graph: Path, prompts: list[list[int]], count: int, first: tuple[int, ...]) -> list[list[int]]:
+    from tightship.validators.runtimes.onnx_runtime import open_graph
 
-    opened = Graph(open_session(graph, "shipped"))
-    return [opened.greedy(np.array(prompt), count).tolist() for prompt in prompts]
+    opened = open_graph(graph, "shipped")
+    return [opened.greedy(np.array(prompt), count, *first).tolist() for prompt in prompts]
 
 
 def genai(artifact: Path, prompts: list[list[int]], count: int, eos: set[int]) -> list[list[int]]:
@@ -93,10 +105,32 @@ def child(command: list[str], code: str, suffix: str, job: dict[str, Any], where
     return dict(json.loads(found.stdout.splitlines()[-1]))
 
 
+def random_artifact(kind: str, where: Path) -> Path:
+    """A random model of a class (the last of those in the data whose heads fill the stream), exported."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+    import onnx_models
+
+    from tightship.exporters.to_onnx import OnnxExporter
+    from tightship.target import Target
+    from tightship.validators import parity, parity_model
+
+    parity_model.CONTEXT = 2 * max(LENGTHS) + TOKENS
+    model = next(m for m in reversed(onnx_models.models()) if m.kind == kind and m.config.get("decoder_layers") != 1)
+    narrow = {"d_kv": parity_model.HEAD_DIM} if "d_kv" in model.config else {}
+    small = parity_model.small_checkpoint(onnx_models.outline(replace(model, config={**model.config, **narrow})))
+    ends = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1, "forced_eos_token_id": None}
+    small = small.replace(config={**small.config, **ends})
+    exporter, target = OnnxExporter(judge=parity.judge), Target("onnx", None, {"folder": "onnx"})
+    folder = where / kind
+    folder.mkdir()
+    exporter.export(small, exporter.plan(small, target), folder)
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("artifact", type=Path)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("artifact")
+    parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--optimum", help="an interpreter with optimum-onnx")
     parser.add_argument(
         "--transformers-js", type=Path, help="a folder whose node_modules hold @huggingface/transformers"
@@ -104,23 +138,31 @@ def main() -> None:
     parser.add_argument("--name", help="in the result's file name; default: the artifact's")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    artifact = options.artifact.absolute()
+    with tempfile.TemporaryDirectory() as folder:
+        named = Path(options.artifact)
+        compare(options, named.absolute() if named.is_dir() else random_artifact(options.artifact, Path(folder)))
+
+
+def compare(options: argparse.Namespace, artifact: Path) -> None:
+    """Ask every client and write down how many tokens are equal."""
     config = json.loads((artifact / "config.json").read_text())
-    graph = next(p for p in (artifact / "model.onnx", artifact / "onnx/model.onnx") if p.is_file())
+    two = bool(config.get("is_encoder_decoder"))
+    name = DECODER if two else MAIN
+    graph = next(p for p in (artifact / name, artifact / "onnx" / name) if p.is_file())
     rng = np.random.default_rng(0)
     prompts = [rng.integers(5, config["vocab_size"], n).tolist() for n in LENGTHS]
     eos = config.get("eos_token_id")
     ends = set(eos if isinstance(eos, list) else [eos])
     job = {
         "artifact": str(artifact), "parent": str(artifact.parent), "name": artifact.name, "prompts": prompts,
-        "tokens": options.tokens, "folder": "onnx" if graph.parent != artifact else "",
+        "tokens": options.tokens, "folder": "onnx" if graph.parent != artifact else "", "two": two,
     }  # fmt: skip
-    expected = ours(graph, prompts, options.tokens)
-    texts = {"onnxruntime-genai": genai(artifact, prompts, options.tokens, ends)}
+    expected = ours(graph, prompts, options.tokens, (start_token(config),) if two else ())
+    texts = {} if two else {"onnxruntime-genai": genai(artifact, prompts, options.tokens, ends)}
     versions = {}
     if options.optimum:
         answer = child([options.optimum], OPTIMUM, ".py", job, None)
-        texts |= {"optimum": answer["alone"], "optimum, padded on the left": answer["padded"]}
+        texts |= {"optimum": answer["alone"], "optimum, padded": answer["padded"]}
         versions |= answer["versions"]
     if options.transformers_js:
         answer = child(["node"], JAVASCRIPT, ".mjs", job, options.transformers_js)

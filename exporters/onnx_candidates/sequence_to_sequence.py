@@ -7,6 +7,7 @@ graph without branches takes the place of the usual two.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,14 +43,17 @@ class Source:
 
 def target_decoder(net: Network) -> None:
     """The decoder's graph: target ids, the encoder's states and the past in, logits and the grown caches out."""
+    blocks = range(int(net.hyper["layers"]))
     ids = net.input("input_ids", (BATCH, SEQUENCE))
+    for block, cache in itertools.product(blocks, (_OWN, _CROSS)):  # optimum goes by the order of inputs
+        _past(net, block, cache)
     source = _source(net, ids)
     held = net.length(_past(net, 0, _OWN)[0], _TOKENS_AXIS)
     total = net.op("Add", held, net.length(ids))
     places = net.range(held, total)
     sight = _own_sight(net, places, net.range(net.integer(0), total))
     x = embedded(net, ids, lambda: places)
-    for block in range(int(net.hyper["layers"])):
+    for block in blocks:
         x = _layer(net, block, x, sight, source)
     x = net.normed(x, None, "output_norm")
     if net.option("scale_decoder_outputs"):

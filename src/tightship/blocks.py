@@ -179,11 +179,7 @@ class BlockWalk:
     def __init__(self, view: ModelView, windows: Sequence[np.ndarray], at_once: int = TOKENS_AT_ONCE) -> None:
         if not len(windows) or any(len(window) == 0 for window in windows):
             raise Malformed("calibration needs at least one window of tokens, and none of them empty")
-        if view.checkpoint.architecture.decoder_prefix is not None:
-            raise Unsupported(
-                f"{view.checkpoint.architecture.family} has an encoder and a decoder, and calibration walks one stack",
-                hint="use a data-free solver, such as rtn",
-            )
+        demand_one_stack(view.checkpoint)
         self.view = view
         self.checkpoint = view.checkpoint
         self.infos = self.checkpoint.infos()
@@ -274,6 +270,15 @@ class BlockWalk:
         self.wraps = recorder.wraps
         self.empty(self.prefixes[0])
         return batches
+
+
+def demand_one_stack(checkpoint: Checkpoint) -> None:
+    """Raise Unsupported for a model of an encoder and a decoder: its blocks cannot be walked one after the other."""
+    if checkpoint.architecture.decoder_prefix is not None:
+        raise Unsupported(
+            f"{checkpoint.architecture.family} has an encoder and a decoder, and calibration walks one stack",
+            hint="use a data-free solver, such as rtn",
+        )
 
 
 def walk_blocks(view: ModelView, windows: Sequence[np.ndarray]) -> Iterator[BlockStep]:

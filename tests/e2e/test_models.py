@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,3 +108,30 @@ def test_a_real_sentence_encoder(build_command: Callable[..., Any]) -> None:
     assert (of_gguf * expected).sum(1).min() > 0.99999  # its GELU comes from a table of float16
     config = json.loads((done.output / "onnx" / "config.json").read_text())
     assert config["architectures"] == ["BertModel"]
+
+
+@pytest.mark.slow
+def test_an_encoder_and_its_decoder_in_all_three(
+    unigram: Path, build_command: Callable[..., Any], tmp_path: Path
+) -> None:
+    """T5, on shipped sentences and what the model writes to them: in llama.cpp, ONNX Runtime and transformers."""
+    import torch
+    import transformers
+
+    shutil.copytree(unigram, tmp_path / "t5")
+    torch.manual_seed(0)
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=2048, **sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)
+    model.save_pretrained(tmp_path / "t5")
+    done = build_command(tmp_path / "t5", *THREE)
+    assert done.code == 0, done.body
+    assert not [check for check in done.checks.values() if check["verdict"] != "pass"]
+    for name in ("gguf/onnxruntime/graph/rel_l2", "onnx/onnxruntime/graph/rel_l2_through_cache",
+                 "gguf/llama.cpp/graph/rel_l2", "safetensors/transformers/graph/rel_l2"):  # fmt: skip
+        assert done.checks[name]["value"] <= 1e-5
+    assert "tokens of a target, which the original wrote to it" in (done.output / "report.md").read_text()
+    graphs = {path.name for path in (done.output / "onnx").glob("*model*")}
+    assert graphs == {"encoder_model.onnx", "decoder_model_merged.onnx", "model.onnx_data"}

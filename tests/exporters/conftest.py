@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,7 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-STRINGS = Path(__file__).parents[1] / "data" / "tokenizer_strings.txt"
 VOCAB = 512
-
-
-@pytest.fixture(scope="session")
-def strings() -> list[str]:
-    return [json.loads(line) for line in STRINGS.read_text("utf-8").splitlines()]
 
 
 @pytest.fixture(scope="session")
@@ -189,63 +182,3 @@ def in_llama_cpp() -> Callable[..., dict[str, np.ndarray]]:
         return llama_cpp.run(whole, arrays)[1]
 
     return run
-
-
-@pytest.fixture(scope="session")
-def unigram(strings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory with a unigram tokenizer as transformers writes T5's, and NFKC of single characters as its table."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
-    words = {"replacement": "\u2581", "prepend_scheme": "always"}
-    ours = Tokenizer(models.Unigram())
-    ours.normalizer = normalizers.Precompiled(charsmap(replacements(strings)))
-    ours.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**words)])
-    trainer = trainers.UnigramTrainer(
-        vocab_size=4 * VOCAB - 20, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
-    )
-    ours.train_from_iterator([text for text in strings[::2] if "<" not in text], trainer)
-    ours.decoder = decoders.Metaspace(**words)
-    ours.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    ours.add_special_tokens(["<extra_id_0>"])
-    table = json.loads(ours.to_str())
-    # SentencePiece's scores are float32, and sums of float64 ones would end in other ties.
-    table["model"]["vocab"] = [[piece, float(np.float32(score))] for piece, score in table["model"]["vocab"]]
-    folder = tmp_path_factory.mktemp("unigram")
-    (folder / "tokenizer.json").write_text(json.dumps(table))
-    names = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5TokenizerFast", **names}))
-    return folder
-
-
-def replacements(strings: list[str]) -> dict[str, str]:
-    """Characters of the strings that NFKC changes, and white space, which becomes a space."""
-    found = {}
-    spaces = [chr(code) for code in range(0x3001) if chr(code).isspace()]
-    for char in sorted({*"".join(strings), *spaces} - {" ", "\0"}):
-        plain = " " if char.isspace() else unicodedata.normalize("NFKC", char)
-        if plain != char:
-            found[char] = plain
-    return found
-
-
-def charsmap(rules: Mapping[str, str]) -> bytes:
-    """SentencePiece's compiled table: the size of a double array, the array, and texts that end in NUL.
-
-    A unit is a label (bits 0-7), whether a text ends here (bit 8), and the offset to its children (bits 10-30), which
-    stand at position ^ offset ^ label; the text's place stands at label 0, bit 31 set. Each node has a block of 256
-    units of its own here.
-    """
-    texts, places = b"", {}
-    for text in sorted(set(rules.values())):
-        places[text] = len(texts)
-        texts += text.encode() + b"\0"
-    nodes = sorted({key.encode()[:n] for key in rules for n in range(len(key.encode()) + 1)}, key=lambda k: (len(k), k))
-    blocks = {key: 256 * (number + 1) for number, key in enumerate(nodes)}
-    units = np.zeros(256 * (len(nodes) + 1), np.uint32)
-    ends = {key.encode(): places[text] for key, text in rules.items()}
-    for key, block in blocks.items():
-        place = blocks[key[:-1]] ^ key[-1] if key else 0
-        units[place] = (key[-1] if key else 0) | (key in ends) << 8 | (place ^ block) << 10
-        if key in ends:
-            units[block] = ends[key] | 1 << 31
-    return np.uint32(units.nbytes).tobytes() + units.tobytes() + texts

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from tokenizers import Tokenizer
 
 from tightship.checkpoint import Checkpoint
@@ -136,3 +138,32 @@ def test_mask_token(bert: ModelView, ember: ModelView) -> None:
     assert mask_token(ember.checkpoint) is None
     spelt_out = b'{"mask_token": {"content": "[MASK]", "lstrip": true}}'
     assert mask_token(checkpoint.replace(files={**checkpoint.files, "tokenizer_config.json": spelt_out})) == 4
+
+
+def test_a_decoder_behind_an_encoder_is_given_what_the_original_wrote(tmp_path: Path) -> None:
+    """What it wrote it finds likely, what follows an end token does not count, and nothing is written if not asked."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 7}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=24, **sizes))
+    model.save_pretrained(tmp_path)
+    view = ModelView(open_checkpoint(tmp_path))
+    windows = proof_windows(view, windows=4, length=40)
+    assert windows.origin == "random"
+    assert windows.decoder_ids is not None
+    assert (windows.decoder_ids[:, 0] == 7).all()
+    np.testing.assert_array_equal(windows.targets[:, :-1], windows.decoder_ids[:, 1:])
+    for ids, scored in zip(windows.decoder_ids, windows.scored, strict=True):
+        ends = np.flatnonzero(ids == 1)
+        assert scored.sum() == (ends[0] if len(ends) else 40)
+    assert not windows.scored.all()  # a vocabulary of 24 ends soon
+    assert set(windows.feeds(slice(None))) == {"input_ids", "attention_mask", "decoder_input_ids"}
+    assert not windows.has_real_text
+    assert "which the original wrote to it" in windows.note
+    logs = log_softmax(view.outputs(windows.ids, windows.mask, None, windows.decoder_ids)["logits"].astype(np.float64))
+    own = -np.take_along_axis(logs, np.maximum(windows.targets, 0)[..., None], -1)[..., 0][:, :-1]
+    foreign = -np.take_along_axis(logs, windows.ids[..., None], -1)[..., 0][:, :-1]
+    assert own.mean() < foreign.mean()
+    plain = proof_windows(view, windows=4, length=40, write=False)
+    assert plain.decoder_ids is not None
+    np.testing.assert_array_equal(plain.decoder_ids[:, 1:], plain.ids[:, :-1])
+    assert "the source once more" in plain.note
