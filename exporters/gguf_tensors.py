@@ -121,7 +121,8 @@ FORMULAS: dict[str, tuple[Formula, Formula]] = {
 
 def computed(weight: Dense, formula: Formula, hyper: Mapping[str, Any]) -> Dense:
     """float32 values that a formula makes of the weight's when they are asked for."""
-    shape = formula(np.zeros(weight.shape, np.float32), hyper).shape
+    with np.errstate(all="ignore"):  # for its shape alone: 0 may have no logarithm
+        shape = formula(np.zeros(weight.shape, np.float32), hyper).shape
     return Dense(shape, "f32", lambda: formula(weight.value(), hyper))
 
 
