@@ -13,6 +13,7 @@ excluded, to the SHA-256 of every file written. Memory is the peak of the proces
 | ours-fp32-portable  | the same without ONNX Runtime's own operators: plain Attention, RMSNormalization, Add       |
 | ours-int4-portable  | standard operators and INT4 DequantizeLinear                                                |
 | ours-int8-dynamic   | activations rounded by token, standard operators                                            |
+| ours-fp16-compute   | products, attention and cache in float16                                                    |
 | builder-fp32, -int4 | onnxruntime_genai.models.builder, CPU, block size 32, accuracy level 4 (its defaults)       |
 | capture-fp32        | torch.onnx.export(dynamo=True) of transformers' module, written by the same writer          |
 
@@ -216,11 +217,15 @@ PAIRS = (
     ("ours-int4", "ours-fp32-portable"),
     ("ours-int4-portable", "ours-fp32-portable"),
     ("ours-int8-dynamic", "ours-fp32-portable"),
+    ("ours-fp16-compute", "ours-fp32"),
 )
 
 
 MADE = (
-    *(("ours", scheme) for scheme in ("fp32", "int4", "fp32-portable", "int4-portable", "int8-dynamic")),
+    *(
+        ("ours", scheme)
+        for scheme in ("fp32", "int4", "fp32-portable", "int4-portable", "int8-dynamic", "fp16-compute")
+    ),
     ("builder", "fp32"),
     ("builder", "int4"),
 )
