@@ -10,11 +10,17 @@ from tightship.errors import Unsupported
 from tightship.exporters.onnx_activations import by_token, in_fixed_range
 from tightship.exporters.onnx_lookups import contrib_rows, standard_rows, views
 from tightship.exporters.onnx_nodes import NodeWriter, rank_of
-from tightship.exporters.onnx_storage import Style, blocked_of, by_channel, dense_initializer, operand_initializers
+from tightship.exporters.onnx_storage import (
+    Style,
+    blocked_of,
+    by_channel,
+    dense_initializer,
+    nbits_of,
+    operand_initializers,
+)
 from tightship.exporters.onnx_units import Unit, Use
-from tightship.formats.packings import matmul_nbits, onnx_table
+from tightship.formats.packings import onnx_table
 from tightship.formats.packings.matmul_nbits import NBits
-from tightship.target import Refused
 from tightship.weights import Dense, Factored, Quantized, Stored
 
 if TYPE_CHECKING:
@@ -111,7 +117,7 @@ class Emitter(NodeWriter):
             return self.append(nodes, "MatMul", [x, self._out_of_table(name, weight, nodes)])
         operands = self._operands(name, weight, table=table)
         offsets = operands.pop("offsets", None)
-        spec = nbits_of(weight)
+        spec = nbits_of(weight, table=table)
         if self.style.portable:
             attributes = {"axis": 0, "block_size": spec.block}
             dense = self.append(nodes, "DequantizeLinear", list(operands.values()), attributes)
@@ -170,7 +176,7 @@ class Emitter(NodeWriter):
             raise Unsupported("a low-rank embedding has no lookup in ONNX", tensor=unit.tensor, hint="leave it dense")
         if not self.style.portable:
             operands = self._operands(unit.name, weight, table=True)
-            contrib_rows(self, ids, operands, nbits_of(weight), nodes)
+            contrib_rows(self, ids, operands, nbits_of(weight, table=True), nodes)
             return
         blocked = blocked_of(weight, table=True)
         items = list(operand_initializers(unit.name, weight, self.style, table=True).values())
@@ -194,14 +200,6 @@ class Emitter(NodeWriter):
 def _is_narrow(value: ir.Value) -> bool:
     """A float type that must be widened before it is computed with."""
     return value.dtype is not None and value.dtype.is_floating_point() and value.dtype.value != _FLOAT
-
-
-def nbits_of(weight: Quantized) -> NBits:
-    """The MatMulNBits form of a weight whose storage was found exact before."""
-    spec = matmul_nbits.nbits_for(weight.layout, weight.shape[1])
-    if isinstance(spec, Refused):
-        raise Unsupported(spec.reason, hint=", ".join(spec.nearest))
-    return spec
 
 
 def _given(node: ir.Node, index: int) -> ir.Value:

@@ -61,8 +61,9 @@ def style_of(target: Target) -> Style:
         UsageError: an unknown option or value.
     """
     options = _options(target)
-    portable = options.get("profile") == "portable" or (target.scheme or "").endswith(PORTABLE)
     scheme = (target.scheme or "").removesuffix(PORTABLE)
+    standard = (target.scheme or "").endswith(PORTABLE) or scheme in (DYNAMIC, STATIC)
+    portable = standard or options.get("profile") == "portable"
     return Style(portable, int(options.get("accuracy_level", 4)), scheme == DYNAMIC, half=scheme == HALF)
 
 

@@ -110,7 +110,7 @@ def _quantized_storage(weight: Quantized, style: Style, *, table: bool) -> Exact
     if by_channel(weight, style) and not table:
         shapes = onnx_blocked.channel_shapes(rows, cols).values()
         return Exact("DequantizeLinear UINT8, by channel", sum(_packed_bytes(*entry) for entry in shapes))
-    found = matmul_nbits.nbits_for(weight.layout, cols)
+    found = matmul_nbits.nbits_for(weight.layout, cols, table=table)
     if isinstance(found, Refused):
         return found
     refusal = _no_lookup(weight, found) if table else _too_slow(found, style)
@@ -120,7 +120,7 @@ def _quantized_storage(weight: Quantized, style: Style, *, table: bool) -> Exact
         blocked = blocked_of(weight, table=table)
         word = {2: "UINT8", 3: "INT8", 21: "UINT4", 22: "INT4"}[blocked.code_type]
         return Exact(f"DequantizeLinear {word}, block {found.block}", blocked.nbytes(rows))
-    spec = _nbits(weight, table=table)
+    spec = _with_zero_points(nbits_of(weight, table=table), table=table)
     return Exact(
         f"{'GatherBlockQuantized' if table else 'MatMulNBits'} {spec.bits} bit, block {spec.block}", spec.nbytes(rows)
     )
@@ -192,25 +192,30 @@ def operand_initializers(name: str, weight: Quantized, style: Style, *, table: b
         return _packed_once(
             name, blocked.shapes(rows), lambda: onnx_blocked.pack(weight.layout, weight.read(), blocked)
         )
-    spec = _nbits(weight, table=table)
+    spec = _with_zero_points(nbits_of(weight, table=table), table=table)
     kinds = {key: (of_numpy(dtype), shape) for key, (dtype, shape) in spec.shapes(rows).items()}
     return _packed_once(name, kinds, lambda: matmul_nbits.pack(weight.layout, weight.read(), spec))
 
 
 def blocked_of(weight: Quantized, *, table: bool) -> onnx_blocked.Blocked:
     """The DequantizeLinear form of a weight; a table of an odd number of rows has no pairs to look up."""
-    return onnx_blocked.Blocked(_nbits(weight, table=False), whole=table and weight.shape[0] % 2 == 1)
+    return onnx_blocked.Blocked(nbits_of(weight, table=table), whole=table and weight.shape[0] % 2 == 1)
 
 
 def _packed_bytes(kind: int, shape: tuple[int, ...]) -> int:
     return packed_nbytes(shape, onnx_blocked.BITS[kind])
 
 
-def _nbits(weight: Quantized, *, table: bool) -> NBits:
-    """A lookup always gets its zero points: runtimes disagree about the default."""
-    spec = matmul_nbits.nbits_for(weight.layout, weight.shape[1])
+def nbits_of(weight: Quantized, *, table: bool = False) -> NBits:
+    """The MatMulNBits form of a weight whose storage was found exact before."""
+    spec = matmul_nbits.nbits_for(weight.layout, weight.shape[1], table=table)
     if isinstance(spec, Refused):
         raise Unsupported(spec.reason, hint=", ".join(spec.nearest))
+    return spec
+
+
+def _with_zero_points(spec: NBits, *, table: bool) -> NBits:
+    """A lookup by ONNX Runtime's operator always gets them: execution providers disagree about the default."""
     return dataclasses.replace(spec, zero_points=True) if table else spec
 
 

@@ -94,10 +94,10 @@ class NBits:
         return sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in self.shapes(rows).values())
 
 
-def nbits_for(layout: Layout, cols: int) -> NBits | Refused:
-    """The container of a layout, or why there is none."""
+def nbits_for(layout: Layout, cols: int, *, table: bool = False) -> NBits | Refused:
+    """The container of a layout, or why there is none. A `table`, whose rows are looked up, has whole blocks."""
     if isinstance(layout, Affine):
-        found = _container(layout.bits, layout.group_size, cols)
+        found = _container(layout.bits, layout.group_size or (cols if table else 0), cols)
         if found is None:
             return Refused(f"groups of {layout.group_size} do not divide into blocks of 16", ("int4-g16", "int4-g32"))
         return NBits(*found, cols, zero_points=not layout.symmetric)

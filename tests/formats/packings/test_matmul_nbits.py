@@ -107,3 +107,12 @@ def test_containers_have_a_kernel(word: str, bits: int, block: int) -> None:
     spec = nbits_for(parse_layout(word), 512)
     assert isinstance(spec, NBits)
     assert (spec.bits, spec.block) == (bits, block)
+
+
+def test_a_table_of_one_scale_a_row_has_whole_blocks() -> None:
+    """A row of 576 columns is 9 blocks of 64; a product takes the widest block and fills up the last one."""
+    layout = parse_layout("int8-channel")
+    table, product = nbits_for(layout, 576, table=True), nbits_for(layout, 576)
+    assert isinstance(table, NBits)
+    assert isinstance(product, NBits)
+    assert (table.block, product.block) == (64, 256)
