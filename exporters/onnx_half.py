@@ -38,6 +38,8 @@ def to_half(writer: NodeWriter) -> None:
 
 
 class _Half:
+    """One graph on its way; `narrow` knows what was computed or cast in float16."""
+
     def __init__(self, writer: NodeWriter) -> None:
         self.writer = writer
         self.graph = writer.graph
@@ -54,6 +56,8 @@ class _Half:
     def _belongs(self, node: ir.Node) -> bool:
         if node.op_type in _ATTENTION:
             return True
+        if any(value.is_graph_output() for value in node.outputs):
+            return False
         if node.op_type == "MatMul":
             return _stored(node.inputs[1]) is not None and not _is_logits(node)
         if node.op_type not in _BETWEEN:
