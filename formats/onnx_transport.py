@@ -65,11 +65,12 @@ def shrink_onnx(source: Path, target: Path, progress: Progress = no_progress) ->
     if model.SerializeToString(deterministic=True) != source.read_bytes() or _gaps_hold_something(model, source.parent):
         raise Unsupported(f"{source.name} was written in another way than ours: it could not be restored byte for byte")
     refuse_existing(target)
+    size = (source.parent / location).stat().st_size
     original = {
         "order": [t.name for t in model.graph.initializer],
         "external": {t.name: list(_place(t)) for t in model.graph.initializer if t.external_data},
         "data": location,
-        "size": (source.parent / location).stat().st_size,
+        "size": size,
     }
     digests = {"graph": sha256_file(source), "data": sha256_file(source.parent / location)}
     tensors = list(model.graph.initializer)
@@ -84,7 +85,7 @@ def shrink_onnx(source: Path, target: Path, progress: Progress = no_progress) ->
     for key, value in ((_MARK, _LABEL), ("tightship.original", original), ("tightship.sha256", digests)):
         model.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value, sort_keys=True))
     target.write_bytes(model.SerializeToString(deterministic=True))
-    before = source.stat().st_size + original["size"]
+    before = source.stat().st_size + size
     return Shipped(before, target.stat().st_size + data.stat().st_size, {k: n for k, n in counts.items() if n})
 
 
