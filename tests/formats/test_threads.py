@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 
 from tightship.exporters.to_gguf import GgufExporter
+from tightship.formats.layouts import parse_layout
 from tightship.formats.threads import behind, in_order, threads
 from tightship.opening import open_checkpoint
 from tightship.passes.base import Run
 from tightship.passes.quantize import Quantize
+from tightship.passes.quantize.rtn import quantize
 from tightship.target import Target
+from tightship.weights import Dense
 
 EMBER = Path(__file__).parents[2] / "examples" / "ember"
 
@@ -80,6 +83,20 @@ def test_what_the_consumer_raises_reaches_the_caller(count: int) -> None:
 
     with threads(count), pytest.raises(OSError, match="full"), behind(refuse) as put:
         put(1)
+
+
+@pytest.mark.parametrize("word", ["q4_k", "iq2_xs", "int3-g128-asym", "fp8-e4m3-block", "nvfp4-scaled"])
+def test_runs_of_rows_are_solved_alike_on_any_number_of_threads(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tightship.passes.quantize.rtn._CHUNK", 4096)
+    rng = np.random.default_rng(0)
+    w = Dense.of((rng.standard_t(4, (96, 1024)) * 0.02).astype(np.float32))
+    importance = rng.gamma(1, 1, 1024).astype(np.float32) if word.startswith("iq") else None
+    found = []
+    for count in (1, 2, 4):
+        with threads(count):
+            found.append(quantize("w", w, parse_layout(word), importance))
+    for other in found[1:]:
+        assert all(np.array_equal(other[key], array) for key, array in found[0].items())
 
 
 def test_a_file_is_the_same_on_1_2_and_4_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
