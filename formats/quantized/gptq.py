@@ -103,14 +103,22 @@ def _module(module: str, storage: str, section: Mapping[str, Any], modules: Modu
 
 
 def _override(module: str, section: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the first pattern that matches says of a module, or AutoRound of its name."""
-    for pattern, said in (section.get("extra_config") or {}).items():
-        if pattern == module or re.fullmatch(pattern, module):
-            return {key: value for key, value in said.items() if value is not None}
-    dynamic: Mapping[str, Any] = section.get("dynamic") or {}
-    for pattern, said in dynamic.items():
-        if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
-            return said
+    """What the first pattern that matches says of a module: AutoRound's own settings, or GPTQModel's.
+
+    Raises:
+        Malformed: settings that are none, or an expression that is none.
+    """
+    for key, match in (("extra_config", re.fullmatch), ("dynamic", re.match)):
+        settings = section.get(key) or {}
+        if not isinstance(settings, Mapping):
+            raise Malformed(f"quantization_config: {key} must be an object, found {settings!r:.80}")
+        for pattern, said in settings.items():
+            try:
+                fits = pattern == module or (not pattern.startswith("-:") and match(pattern.removeprefix("+:"), module))
+            except re.error as error:
+                raise Malformed(f"quantization_config: {key} has the expression {pattern!r:.80}: {error}") from error
+            if fits and isinstance(said, Mapping):
+                return {word: value for word, value in said.items() if value is not None}
     return {}
 
 

@@ -158,6 +158,13 @@ def test_packings_of_auto_round_that_are_not_read(source: Checkpoint, tmp_path: 
         edited(saved(source, "int4-g32", tmp_path / "a", "gptq"), other)
 
 
+@pytest.mark.parametrize("settings", [["a"], {"(": {"bits": 4}}])
+def test_settings_by_module_that_are_none(settings: Any, source: Checkpoint, tmp_path: Path) -> None:
+    folder = saved(source, "int4-g32", tmp_path / "a", "gptq")
+    with pytest.raises(Malformed, match="extra_config"):
+        edited(folder, lambda _, section: section.update(extra_config=settings))
+
+
 # --- gpt-oss ----------------------------------------------------------------------------------------------------
 
 
