@@ -112,20 +112,31 @@ class Quality:
                 self.save()
         return float(min(tried, key=lambda rate: tried[rate]))
 
-    def row(self, what: str, step: Any) -> None:
-        """A row, computed unless it is there."""
+    def smaller(self, step: Any) -> Checkpoint:
+        run = Run(threads=self.options.threads, texts=(self.early,), tokens=self.options.tokens, sequence=256)
+        return step.apply(self.checkpoint, run) if step else self.checkpoint
+
+    def before(self, what: str, step: Any) -> None:
+        """A row without recovery, computed unless it is there."""
         if any(row["what"] == what for row in self.report["rows"]):
             return
         self.stop_in_time()
-        run = Run(threads=self.options.threads, texts=(self.early,), tokens=self.options.tokens, sequence=256)
-        smaller = step.apply(self.checkpoint, run) if step else self.checkpoint
-        row = {"what": what, "parameters": parameters(smaller) / parameters(self.checkpoint)}
-        row["before"] = perplexity(smaller, self.test, self.options.threads)
-        if step:
-            after = self.recovered(smaller, self.rate(smaller))
-            row["after"] = perplexity(after, self.test, self.options.threads)
-            row["runs"] = runs(smaller)
+        found = self.smaller(step)
+        row = {"what": what, "parameters": parameters(found) / parameters(self.checkpoint)}
+        row["before"] = perplexity(found, self.test, self.options.threads)
+        row["runs"] = runs(found) if step else []
         self.report["rows"].append(row)
+        self.save()
+        print(json.dumps(row), flush=True)
+
+    def after(self, what: str, step: Any) -> None:
+        """The row's figure after recovery."""
+        row = next(row for row in self.report["rows"] if row["what"] == what)
+        if "after" in row:
+            return
+        self.stop_in_time()
+        found = self.smaller(step)
+        row["after"] = perplexity(self.recovered(found, self.rate(found)), self.test, self.options.threads)
         self.save()
         print(json.dumps(row), flush=True)
 
@@ -145,9 +156,12 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
     if known.exists() and json.loads(known.read_text())["settings"] == report["settings"]:
         report = json.loads(known.read_text())
     bench = Quality(options, checkpoint, report, time.monotonic() + 60 * options.minutes)
-    bench.row("dense", None)
-    for what, step in variants(checkpoint, options.kinds, options.shares):
-        bench.row(what, step)
+    bench.before("dense", None)
+    tried = list(variants(checkpoint, options.kinds, options.shares))
+    for what, step in tried:
+        bench.before(what, step)
+    for what, step in tried:
+        bench.after(what, step)
     return report
 
 

@@ -75,7 +75,7 @@ def general_fields(checkpoint: Checkpoint, arch: str) -> tuple[dict[str, Field],
 def _recipe(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The passes and what they were told, without those of a scheme: `general.file_type` names it."""
     told = []
-    for step in history:
+    for step in (entry for entry in history if "use" in entry):  # others are what a pass noted of itself
         options = {key: value for key, value in step.get("with", {}).items() if value not in (None, {}, [], ())}
         if step["use"] != "quantize" or "layout" in options or "bytes" in options:
             told.append({"use": step["use"], "with": options})

@@ -147,7 +147,7 @@ def test_the_file_says_which_passes_made_it(tmp_path: Path) -> None:
     pruned = {"use": "prune", "revision": 1, "with": {"method": "magnitude", "sparsity": 0.5, "steps": None}}
     scheme = {"use": "quantize", "revision": "1.1", "with": {"solver": "rtn", "layout": None, "layouts": {"a": "q8_0"}}}
     found = []
-    for number, history in enumerate([(), (pruned, scheme)]):
+    for number, history in enumerate([(), (pruned, {"dropped": [3]}, scheme)]):  # one is a pass's own note
         folder, made = tmp_path / str(number), checkpoint.replace(history=history)
         folder.mkdir()
         main = exporter.export(made, exporter.plan(made, target), folder).main
