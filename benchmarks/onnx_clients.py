@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from tightship.checkpoint import Checkpoint
 from tightship.exporters.onnx_candidates.skeleton import DECODER, MAIN
 from tightship.modelview import start_token
 
@@ -105,23 +106,28 @@ def child(command: list[str], code: str, suffix: str, job: dict[str, Any], where
     return dict(json.loads(found.stdout.splitlines()[-1]))
 
 
-def random_artifact(kind: str, where: Path) -> Path:
-    """A random model of a class (the last of those in the data whose heads fill the stream), exported."""
+def random_model(kind: str) -> Checkpoint:
+    """A random model of a class: the last of those in the data whose heads fill the stream."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
     import onnx_models
 
-    from tightship.exporters.to_onnx import OnnxExporter
-    from tightship.target import Target
-    from tightship.validators import parity, parity_model
+    from tightship.validators import parity_model
 
     parity_model.CONTEXT = 2 * max(LENGTHS) + TOKENS
     model = next(m for m in reversed(onnx_models.models()) if m.kind == kind and m.config.get("decoder_layers") != 1)
     narrow = {"d_kv": parity_model.HEAD_DIM} if "d_kv" in model.config else {}
     small = parity_model.small_checkpoint(onnx_models.outline(replace(model, config={**model.config, **narrow})))
     ends = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1, "forced_eos_token_id": None}
-    small = small.replace(config={**small.config, **ends})
-    exporter, target = OnnxExporter(judge=parity.judge), Target("onnx", None, {"folder": "onnx"})
-    folder = where / kind
+    return small.replace(config={**small.config, **ends} if small.config.get("is_encoder_decoder") else small.config)
+
+
+def exported(small: Checkpoint, folder: Path) -> Path:
+    """Its artifact, the graph in `onnx/`."""
+    from tightship.exporters.to_onnx import OnnxExporter
+    from tightship.target import Target
+    from tightship.validators.parity import judge
+
+    exporter, target = OnnxExporter(judge=judge), Target("onnx", None, {"folder": "onnx"})
     folder.mkdir()
     exporter.export(small, exporter.plan(small, target), folder)
     return folder
@@ -139,8 +145,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        named = Path(options.artifact)
-        compare(options, named.absolute() if named.is_dir() else random_artifact(options.artifact, Path(folder)))
+        named = Path(options.artifact).absolute()
+        compare(options, named if named.is_dir() else exported(random_model(named.name), Path(folder) / named.name))
 
 
 def compare(options: argparse.Namespace, artifact: Path) -> None:
