@@ -64,7 +64,11 @@ def by_token(writer: NodeWriter, x: ir.Value) -> tuple[ir.Value, ir.Value]:
         )
         zero = writer.number("activations.zero", np.asarray(_ZERO, np.uint8))
         nodes: list[ir.Node] = []
-        largest = writer.append(nodes, "ReduceMax", [writer.append(nodes, "Abs", [x]), writer.integers([-1])])
+        last = writer.integers([-1])
+        largest = writer.append(nodes, "ReduceMax", [writer.append(nodes, "Abs", [x]), last])
+        # ONNX Runtime 1.31 reduces nothing where there is no row: an expert that no token chose.
+        one_wide = [largest, writer.integers([0]), writer.integers([1]), last]
+        largest = writer.append(nodes, "Slice", one_wide)
         scale = writer.append(nodes, "Max", [writer.append(nodes, "Mul", [largest, share]), tiny])
         unit = writer.append(nodes, "Div", [x, scale])
         writer.values[key] = _there_and_back(writer, unit, one, zero, nodes)

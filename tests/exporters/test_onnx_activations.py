@@ -66,6 +66,11 @@ def test_each_token_has_its_own_scale(weight: Quantized, tmp_path: Path, said: s
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=0)
 
 
+def test_no_token_at_all(weight: Quantized, tmp_path: Path) -> None:
+    """An expert that nobody chose."""
+    assert run(weight, tokens()[:0], tmp_path, {}, Style(portable=True, dynamic=True)).shape == (0, ROWS)
+
+
 @pytest.mark.parametrize("word", ["int8-static", "int8-static-asym"])
 def test_calibrated_ranges_multiply_exactly(weight: Quantized, tmp_path: Path, word: str) -> None:
     said = fixed(word, -1.0, 1.2)
