@@ -34,7 +34,12 @@ def mlp(net: Network, block: int, x: ir.Value, suffix: str = "", expert: int | N
 
 
 def experts(net: Network, block: int, x: ir.Value) -> ir.Value:
-    """Each expert computes the tokens that chose it, and no others; what it gives is added at their places."""
+    """Each expert computes the tokens that chose it, and no others; what it gives is added at their places.
+
+    QMoE of ONNX Runtime is no candidate beside it: its CPU kernel rounds what 8-bit experts are given at every accuracy
+    level, so nothing exact could be proven of it, and with 4 bits it is faster for single tokens only
+    (`benchmarks/qmoe.py`).
+    """
     flat = net.shaped(net.op("Reshape", x, net.integers(-1, net.width)), (None, net.width))
     counts = shares(net, block, flat)
     total = net.op("Mul", flat, net.number(0.0))
