@@ -262,7 +262,7 @@ def quality_table(report: dict[str, Any]) -> str:
     lines += [f"- {key}: {value}" for key, value in report["settings"].items()]
     tried = ", ".join(f"{rate}: {value:.3f}" for rate, value in report.get("tuning", {}).items())
     lines += [f"- rate: perplexity of the first smaller model on the tuning slice: {tried}"]
-    head = ["removed", "parameters left", "perplexity", "after recovery", "runs in"]
+    head = ["asked to go", "parameters left", "perplexity", "after recovery", "runs in"]
     lines += ["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in report["rows"]:
         after = f"{row['after']:.2f}" if "after" in row else ""
