@@ -50,9 +50,10 @@ SPARSE: dict[str, Step] = {
 }
 RATES = [1e-3, 3e-3]
 SEEDS = [0, 1, 2]
+LIVE = {"batch": 4, "snapshot": 16, "held_out": 0.01}
 RECOVERIES: list[tuple[str, dict[str, Any]]] = [
-    ("teacher", {"rate": 3e-4, "batch": 4}),
-    ("teacher", {"rate": 5e-4, "batch": 4}),
+    ("teacher", {"rate": 2e-4, **LIVE}),
+    ("teacher", {"rate": 5e-4, **LIVE}),
     ("full", {"rate": 5e-4}),
     ("lora", {"rate": 2e-3, "rank": 16}),
     ("norms", {"rate": 5e-3}),
@@ -140,17 +141,15 @@ class Bench:
         self, pruned: Callable[[], Checkpoint], what: str, recovery: tuple[str, Row], limits: tuple[Row, Row]
     ) -> Row:
         """A row of a recovery; `limits` are those of the dense and of the pruned model."""
-        began = time.monotonic()
         method, said = recovery[0], {**recovery[1], "tokens": self.tokens}
         step: Step = ("recover", {**said, "method": method})
         if method == "teacher":
-            step = ("distill", {**said, "alpha": 1.0, "temperature": 1.0})
+            step = ("distill", {"alpha": 1.0, "temperature": 1.0, **said})
         inputs = {"teacher": self.checkpoint} if method in ("teacher", "blockwise") else {}
         result, _ = self.apply(pruned(), step, what, **inputs)
         found = self.measured(result)
         dense, lost = (row["perplexity"] for row in limits)
-        seconds = round(time.monotonic() - began)
-        return {**found, "returned": (lost - found["perplexity"]) / (lost - dense), **zeros(result), "seconds": seconds}
+        return {**found, "returned": (lost - found["perplexity"]) / (lost - dense), **zeros(result)}
 
     def distill(self) -> None:
         self.rows.add("teacher", "", lambda: self.measured(self.checkpoint), base=True)
