@@ -4,8 +4,9 @@ Whatever makes an activation x gives x / s when its output channels are divided 
 its input channels by s. Two kinds of places:
 
 - a norm (gain and bias, divided; `1 + w` norms as such) and every matrix that is fed its output, routers included;
-- two matrices with nothing but products between them: values and attention output, up and down of a gated network.
-  With grouped queries, several columns of the second share a channel of the first.
+- two matrices with nothing but products between them, or a ReLU, which a positive scale passes through: values and
+  attention output, up and down of a gated network or of OPT's. With grouped queries, several columns of the second
+  share a channel of the first.
 
 The stream of float weights stays exact up to float32 rounding: results are float32, whatever the source's type was.
 """

@@ -181,7 +181,7 @@ def jobs(options: argparse.Namespace) -> list[tuple[str, dict[str, Any], str]]:
             for name, maker in cell["makers"].items():
                 once = maker.get("data_free") or name.startswith(("control", "autoround"))
                 repeated = once and subset != SUBSETS[0]
-                wanted = not options.only or any(word in f"{cell['cell']}: {name}" for word in options.only)
+                wanted = not options.only or any(word in f"{cell['cell']}: {name};" for word in options.only)
                 if wanted and not repeated:
                     found.append((subset, cell, name))
     return found
@@ -205,7 +205,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--subsets", nargs="*", default=list(SUBSETS))
     parser.add_argument("--fork", action="store_true", help="our imports only once; time and memory are not told")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row after so long")
-    parser.add_argument("--only", nargs="*", default=[], help="cells and makers whose `cell: maker` holds a word")
+    parser.add_argument("--only", nargs="*", default=[], help="rows whose `cell: maker;` holds one of these words")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     return parser.parse_args()
 

@@ -89,10 +89,18 @@ def test_a_scale_anywhere_changes_nothing(models: Callable[[str], Checkpoint], n
             moved += 1
     assert moved >= 2 * (1 if name == "opt-plain" else 2)
     changed = factors.applied(checkpoint)
+    makers = {fold.producer for fold in folds_of(checkpoint)}
     for fold in folds_of(checkpoint):
         after, before = (c.weights[fold.consumers[0]].value() for c in (changed, checkpoint))
-        assert np.array_equal(after, before) == (fold.producer is None)
+        assert np.array_equal(after, before) == (fold.producer is None and fold.consumers[0] not in makers)
     assert distance(checkpoint, changed) <= 1e-5
+
+
+def test_a_relu_lets_scales_through_and_a_gelu_does_not(models: Callable[[str], Checkpoint]) -> None:
+    checkpoint = models("opt")
+    assert sum(fold.name.endswith("fc2.weight") for fold in folds_of(checkpoint)) == 2
+    other = checkpoint.replace(config={**checkpoint.config, "activation_function": "gelu"})
+    assert not any(fold.name.endswith("fc2.weight") for fold in folds_of(other))
 
 
 @pytest.mark.parametrize("kind", ["hadamard", "random"])
