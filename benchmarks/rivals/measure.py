@@ -9,7 +9,7 @@ import numpy as np
 
 BLOCK = 3  # windows that are drawn together: neighbours in a book are alike
 DRAWS = 4000
-NOISE = 1e-7  # nats: where both compute the same function, ratios are those of float32's last bits
+NOISE = 1e-6  # nats: where both compute the same function, ratios are those of float32's last bits
 
 
 def kl_by_window(original: np.ndarray, found: np.ndarray) -> np.ndarray:
