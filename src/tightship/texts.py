@@ -89,7 +89,7 @@ def token_windows(
 
     Raises:
         Unsupported: the checkpoint has no tokenizer that can be read.
-        Malformed: the documents hold no window of at least 8 tokens.
+        Malformed: the documents hold no window of at least 8 tokens, or the tokenizer gives ids that the model lacks.
     """
     codec = codec_of(checkpoint)
     encode, before, after = codec.encode, codec.before, codec.after
@@ -109,6 +109,12 @@ def token_windows(
             break
     if not windows:
         raise Malformed(f"the text has no document of at least {SHORTEST} tokens", hint="give a longer text")
+    vocabulary, highest = int(checkpoint.hyper["vocab"]), max(int(ids.max()) for ids in windows)
+    if highest >= vocabulary:
+        raise Malformed(
+            f"the tokenizer gives token {highest}, the model's embedding has {vocabulary} rows",
+            hint="the tokenizer belongs to another model, or lost its added tokens' rows",
+        )
     return tuple(windows)
 
 

@@ -70,6 +70,12 @@ def test_a_text_without_a_window_is_an_error(ember: Checkpoint) -> None:
         token_windows(ember, ["ab"], tokens=100, sequence=64)
 
 
+def test_a_tokenizer_of_a_larger_vocabulary_is_named(ember: Checkpoint) -> None:
+    narrow = ember.replace(config={**ember.config, "vocab_size": 300})  # what it was made with: 1024
+    with pytest.raises(Malformed, match="embedding has 300 rows"):
+        token_windows(narrow, ["The quick brown fox jumps over the lazy dog. " * 4], tokens=64, sequence=32)
+
+
 def test_no_tokenizer_is_unsupported(ember: Checkpoint) -> None:
     with pytest.raises(Unsupported, match="tokenizer"):
         token_windows(ember.replace(files={}), ["some text"], tokens=100, sequence=64)
