@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tightship.durable import sha256_file
-from tightship.errors import GateFailed, UsageError
+from tightship.errors import GateFailed
 from tightship.recipe import SELF, Calibration
 from tightship.store import stage_key
 
@@ -42,20 +42,16 @@ class Reading:
 
 
 def read(shop: Workshop, conditions: dict[str, Any]) -> Reading:
-    """The calibration text of a build.
+    """The calibration text of a build; the source writes it where the recipe names none.
 
     Raises:
-        UsageError: the recipe names no calibration text, or a file that is not there.
+        UsageError: a file that is not there.
         GateFailed: the text is not the one that the recipe pins.
         Malformed, Unsupported: see `tightship.texts`.
     """
     from tightship.texts import read_documents
 
-    asked = shop.recipe.calibration
-    if asked is None:
-        raise UsageError(
-            "a calibrated pass needs text", hint="--calibration FILE, or --calibration self for text the model makes"
-        )
+    asked = shop.recipe.calibration or Calibration()
     source = shop.results["source"]
     if asked.text == SELF:
         return _written(shop, source, asked, conditions)

@@ -34,7 +34,9 @@ def build_options(command: Command) -> Command:
         click.option("--solver", metavar="NAME", help="rtn (default), importance, gptq."),
         click.option("--recipe", type=click.Path(path_type=Path), help="YAML recipe; flags win over it."),
         click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to publish."),
-        click.option("--calibration", metavar="FILE|self", help="Text to calibrate on."),
+        click.option(
+            "--calibration", metavar="FILE|self", help="Text to calibrate on; by default the model writes it."
+        ),
         click.option("--text", type=click.Path(path_type=Path), help="Text to prove on; default: self-generated."),
         click.option("--threads", type=click.IntRange(1), help="Threads to use."),
         click.option("--seed", type=int, help="Seed of everything random."),

@@ -14,7 +14,7 @@ from typing import Any
 from tightship.checkpoint import Checkpoint
 from tightship.errors import EnvironmentFailure, UsageError
 from tightship.preflight import warnings
-from tightship.recipe import Recipe
+from tightship.recipe import Calibration, Recipe
 from tightship.settings import Settings
 from tightship.stages import Stage, for_container, make_stages, outline, scheme_stage
 from tightship.target import Progress, TargetPlan, no_progress
@@ -156,7 +156,9 @@ def make_plan(recipe: Recipe, settings: Settings, *, progress: Progress = no_pro
         solve = scheme_stage(checkpoint, target, exporter, recipe)
         after = outline(checkpoint, solve) if solve else checkpoint
         targets.append(PlannedTarget(solve, after, exporter.plan(after, for_container(target, recipe))))
+    solves = [t.solve for t in targets if t.solve]
     notes = [*(f"allowed: {complaint}" for complaint in complaints), *_notes(targets)]
+    notes += _unsaid_calibration(recipe, [*stages, *solves])
     proof = ProofSettings(memory=settings.max_memory)
     mapped = 2 * source.float32_bytes if must_be_mapped(source, proof) else 0  # the original and the compressed model
     scratch = stored + _spooled_bytes([checkpoint, *(t.outline for t in targets)]) + source.float32_bytes + mapped
@@ -202,6 +204,13 @@ def _existing(path: Path) -> Path:
 
 def _notes(targets: list[PlannedTarget]) -> list[str]:
     return [f"{target.plan.target.id}: {note}" for target in targets for note in target.plan.notes]
+
+
+def _unsaid_calibration(recipe: Recipe, stages: list[Stage]) -> list[str]:
+    """What calibrates where the recipe does not say."""
+    if recipe.calibration or not any(stage.work.needs == "calibration" for stage in stages):
+        return []
+    return [f"calibration: {Calibration().tokens} tokens that the model writes itself; --calibration FILE is quicker"]
 
 
 def _memory(checkpoint: Checkpoint, given: int | None) -> dict[str, int]:

@@ -15,6 +15,7 @@ from tightship.errors import GateFailed
 from tightship.modelview import ModelView
 from tightship.opening import open_checkpoint
 from tightship.passes import pass_for
+from tightship.planning import make_plan
 from tightship.recipe import Recipe, Step
 from tightship.settings import Settings
 from tightship.stages import Stage, Workshop, conditions, first_state, run_stage
@@ -51,6 +52,23 @@ def test_the_source_writes_whatever_passes_came_before(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.stack(found.written), expected)
     assert quantized(workshop(tmp_path), "rtn")[-1]["use"] == "quantize"  # nothing calibrated, nothing written
     assert [entry["state"] for entry in quantized(workshop(tmp_path), "importance")][1:] == ["reused", "reused"]
+
+
+def test_the_source_writes_where_no_text_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def write(view: ModelView, **options: Any) -> tuple[np.ndarray, ...]:
+        asked.append(options)
+        return generated_windows(view, **{**options, "tokens": 64, "sequence": 32})
+
+    monkeypatch.setattr("tightship.texts.generated_windows", write)
+    shop = workshop(tmp_path)
+    unsaid = Workshop(Recipe.from_json({}), shop.settings, no_progress, shop.results)
+    assert [entry["use"] for entry in quantized(unsaid, "importance")] == ["prune", "write-text", "quantize"]
+    assert asked == [{"tokens": 65536, "sequence": 512, "seed": 0}]
+    recipe = {"source": str(EMBER), "passes": [{"use": "quantize", "with": {"layout": "int4", "solver": "gptq"}}]}
+    plan = make_plan(Recipe.from_json({**recipe, "targets": [{"to": "gguf"}]}), shop.settings)
+    assert any("writes itself" in note for note in plan.notes)
 
 
 def test_a_pin_holds_the_text(tmp_path: Path) -> None:
