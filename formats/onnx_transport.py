@@ -34,19 +34,17 @@ from tightship.dtypes import BY_ONNX
 from tightship.durable import flush_file, sha256_file
 from tightship.errors import Malformed, Unsupported
 from tightship.formats.onnx_file import contained, read_onnx
-from tightship.formats.onnx_writer import SMALL_ALIGNMENT
-from tightship.formats.transport import MOST_ZEROS, Shipped, refuse_existing
+from tightship.formats.onnx_writer import SMALL_ALIGNMENT, point_to
+from tightship.formats.transport import BITS, MARK, MOST_ZEROS, Shipped, refuse_existing
 from tightship.progress import Progress, no_progress
 from tightship.untrusted import strict_json
 
 if TYPE_CHECKING:
     import onnx
 
-_MARK = "tightship.sparse"
 _LABEL = "for transport: dense, and no faster, once it is loaded; `tightship expand` gives the original back"
 _FLOATS = (1, 10, 16)  # FLOAT, FLOAT16, BFLOAT16
 _INT64 = 7
-_BITS = {2: np.uint16, 4: np.uint32}
 _CHUNK = 1 << 24
 
 
@@ -61,8 +59,9 @@ def shrink_onnx(source: Path, target: Path, progress: Progress = no_progress) ->
     import onnx
 
     location = _only_data_file(source)
-    model = onnx.ModelProto.FromString(source.read_bytes())
-    if model.SerializeToString(deterministic=True) != source.read_bytes() or _gaps_hold_something(model, source.parent):
+    graph = source.read_bytes()
+    model = onnx.ModelProto.FromString(graph)
+    if model.SerializeToString(deterministic=True) != graph or _gaps_hold_something(model, source.parent):
         raise Unsupported(f"{source.name} was written in another way than ours: it could not be restored byte for byte")
     refuse_existing(target)
     size = (source.parent / location).stat().st_size
@@ -72,7 +71,7 @@ def shrink_onnx(source: Path, target: Path, progress: Progress = no_progress) ->
         "data": location,
         "size": size,
     }
-    digests = {"graph": sha256_file(source), "data": sha256_file(source.parent / location)}
+    digests = {"graph": hashlib.sha256(graph).hexdigest(), "data": sha256_file(source.parent / location)}
     tensors = list(model.graph.initializer)
     del model.graph.initializer[:]
     data = target.with_name(f"{target.name}_data")
@@ -82,11 +81,12 @@ def shrink_onnx(source: Path, target: Path, progress: Progress = no_progress) ->
         for done, tensor in enumerate(tensors):
             progress("write sparse initializers", done, len(tensors))
             counts["sparse" if shipment.add(tensor) else "dense"] += 1
-    for key, value in ((_MARK, _LABEL), ("tightship.original", original), ("tightship.sha256", digests)):
+    for key, value in ((MARK, _LABEL), ("tightship.original", original), ("tightship.sha256", digests)):
         model.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value, sort_keys=True))
     target.write_bytes(model.SerializeToString(deterministic=True))
-    before = source.stat().st_size + size
-    return Shipped(before, target.stat().st_size + data.stat().st_size, {k: n for k, n in counts.items() if n})
+    return Shipped(
+        len(graph) + size, target.stat().st_size + data.stat().st_size, {k: n for k, n in counts.items() if n}
+    )
 
 
 def expand_onnx(source: Path, target: Path, progress: Progress = no_progress) -> Shipped:
@@ -102,7 +102,7 @@ def expand_onnx(source: Path, target: Path, progress: Progress = no_progress) ->
 
     model = onnx.ModelProto.FromString(source.read_bytes())
     said = {p.key: p.value for p in model.metadata_props}
-    if _MARK not in said:
+    if MARK not in said:
         raise Malformed(f"{source.name} is not in sparse form", hint="tightship shrink makes such files")
     original, digests = (_json(said, key, source.name) for key in ("original", "sha256"))
     data = target.with_name(Path(str(original["data"])).name)
@@ -117,7 +117,7 @@ def expand_onnx(source: Path, target: Path, progress: Progress = no_progress) ->
         with partial.open("wb") as out:
             out.truncate(int(original["size"]))
             _restore(model.graph, original, source, out, progress)
-        for key in (_MARK, "tightship.original", "tightship.sha256"):
+        for key in (MARK, "tightship.original", "tightship.sha256"):
             model.metadata_props.remove(next(p for p in model.metadata_props if p.key == key))
         graph = model.SerializeToString(deterministic=True)
         if {"graph": hashlib.sha256(graph).hexdigest(), "data": sha256_file(partial)} != digests:
@@ -162,7 +162,7 @@ class _Shipment:
             if start not in self.moved:
                 self.stream.seek(start)
                 self.moved[start] = _append(self.out, _pieces(self.stream, length))
-            _point(kept, self.name, self.moved[start], length)
+            point_to(kept, self.name, self.moved[start], length)
         return False
 
     def _sparse(self, tensor: onnx.TensorProto) -> bool:
@@ -171,7 +171,7 @@ class _Shipment:
             return False
         size = BY_ONNX[tensor.data_type].itemsize
         self.stream.seek(start)
-        bits = np.frombuffer(self.stream.read(length), _BITS[size])
+        bits = np.frombuffer(self.stream.read(length), BITS[size])
         places = np.flatnonzero(bits).astype("<i8")
         if places.size * (size + places.itemsize) >= length:
             return False
@@ -180,9 +180,9 @@ class _Shipment:
             (sparse.values, tensor.data_type, bits[places], tensor.name),
             (sparse.indices, _INT64, places, f"{tensor.name}.places"),
         ):
-            part.name, part.data_type, part.data_location = word, kind, tensor.EXTERNAL
+            part.name, part.data_type = word, kind
             part.dims.append(places.size)
-            _point(part, self.name, _append(self.out, [array.tobytes()]), array.nbytes)
+            point_to(part, self.name, _append(self.out, [array.tobytes()]), array.nbytes)
         return True
 
 
@@ -206,12 +206,6 @@ def _place(tensor: onnx.TensorProto) -> tuple[int, int]:
     if not all(word.isdecimal() for word in numbers):
         raise Malformed("external data need an offset and a length in plain digits", tensor=tensor.name)
     return int(numbers[0]), int(numbers[1])
-
-
-def _point(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
-    del tensor.external_data[:]
-    for key, value in (("location", location), ("offset", offset), ("length", length)):
-        tensor.external_data.add(key=key, value=str(value))
 
 
 def _gaps_hold_something(model: onnx.ModelProto, folder: Path) -> bool:
@@ -253,7 +247,7 @@ def _restore(
                 raise Malformed(f"{source.name}: {len(data)} bytes for a place of {length}", tensor=str(name))
             out.seek(start)
             out.write(data)
-            _point(tensor, str(original["data"]), start, length)
+            point_to(tensor, str(original["data"]), start, length)
         restored.append(tensor)
     del graph.initializer[:]
     del graph.sparse_initializer[:]
@@ -263,9 +257,7 @@ def _restore(
 def _dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
     import onnx
 
-    tensor = onnx.TensorProto(name=sparse.values.name, data_type=sparse.values.data_type, dims=sparse.dims)
-    tensor.data_location = tensor.EXTERNAL
-    return tensor
+    return onnx.TensorProto(name=sparse.values.name, data_type=sparse.values.data_type, dims=sparse.dims)
 
 
 def _expanded(sparse: onnx.SparseTensorProto, source: Path, length: int) -> bytes:
@@ -273,7 +265,7 @@ def _expanded(sparse: onnx.SparseTensorProto, source: Path, length: int) -> byte
     kind = sparse.values.data_type
     if kind not in _FLOATS or sparse.indices.data_type != _INT64:
         raise Malformed(f"{source.name}: a sparse tensor of types {kind} and {sparse.indices.data_type}")
-    values = np.frombuffer(_data(sparse.values, source), _BITS[BY_ONNX[kind].itemsize])
+    values = np.frombuffer(_data(sparse.values, source), BITS[BY_ONNX[kind].itemsize])
     places = np.frombuffer(_data(sparse.indices, source), "<i8")
     count = math.prod(sparse.dims)
     sound = places.size == values.size and (places[1:] > places[:-1]).all() and count * values.itemsize == length

@@ -203,10 +203,15 @@ def _announce(model: onnx.ModelProto, item: Initializer, owner: Initializer, off
     if offset is None:
         proto.raw_data = bytes(_bytes_of(owner))
         return
+    point_to(proto, location, offset, item.nbytes)
+
+
+def point_to(proto: onnx.TensorProto, location: str, offset: int, length: int) -> None:
+    """Say that a tensor's bytes lie in a data file, in place of what it said before."""
     proto.data_location = proto.EXTERNAL
-    for key, value in (("location", location), ("offset", offset), ("length", item.nbytes)):
-        entry = proto.external_data.add()
-        entry.key, entry.value = key, str(value)
+    del proto.external_data[:]
+    for key, value in (("location", location), ("offset", offset), ("length", length)):
+        proto.external_data.add(key=key, value=str(value))
 
 
 def packed_nbytes(shape: Sequence[int], bits: int) -> int:

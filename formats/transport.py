@@ -34,9 +34,9 @@ from tightship.formats.sparse_forms import FORMS, pack, unpack
 from tightship.progress import Progress, no_progress
 from tightship.untrusted import strict_json
 
-_MARK = "tightship.sparse"
+MARK = "tightship.sparse"
 MOST_ZEROS = 1000  # an expanded file is at most so many times larger; a mask alone allows 64
-_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def shrink(source: Path, target: Path, form: str = "auto", progress: Progress = 
     if form not in ("auto", *FORMS):
         raise UsageError(f"there is no sparse form {form!r}; there are {', '.join(('auto', *FORMS))}")
     header = read_header(source)
-    if _MARK in header.metadata:
+    if MARK in header.metadata:
         raise Malformed(f"{source.name} is in sparse form already", hint="tightship expand makes it dense")
     forms, specs = dict[str, str](), dict[str, Spec]()
     for done, name in enumerate(header.entries):
@@ -69,7 +69,7 @@ def shrink(source: Path, target: Path, form: str = "auto", progress: Progress = 
         length = int.from_bytes(file.read(8), "little")
         text = file.read(length).decode()
     metadata = {
-        _MARK: "1",
+        MARK: "1",
         "tightship.forms": json.dumps(forms, sort_keys=True, ensure_ascii=False),
         "tightship.header": text,
         "tightship.sha256": sha256_file(source),
@@ -95,7 +95,7 @@ def expand(source: Path, target: Path, progress: Progress = no_progress) -> Ship
         UsageError: `target` exists.
     """
     header = read_header(source)
-    if header.metadata.get(_MARK) != "1":
+    if header.metadata.get(MARK) != "1":
         raise Malformed(f"{source.name} is not in sparse form", hint="tightship shrink makes such files")
     text = _said(header, "header").encode()
     entries = sorted(header_entries(text, source.name).values(), key=lambda e: (e.begin, e.end))
@@ -139,7 +139,7 @@ def _best(matrix: np.ndarray, form: str) -> tuple[str, Mapping[str, np.ndarray]]
 def _bits(header: Header, name: str) -> np.ndarray:
     """The tensor's bits as a matrix of unsigned integers; scalars and vectors are one row."""
     array = header.read(name)
-    return array.reshape(_matrix_shape(array.shape)).view(_BITS[array.dtype.itemsize])
+    return array.reshape(_matrix_shape(array.shape)).view(BITS[array.dtype.itemsize])
 
 
 def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -156,7 +156,7 @@ def _by_tensor(header: Header) -> dict[str, list[str]]:
 
 def _expanded(header: Header, entry: Entry, forms: Mapping[str, str], names: Sequence[str]) -> np.ndarray:
     arrays = {name.rpartition(":")[2]: header.read(name) for name in names}
-    dtype = np.dtype(_BITS[entry.dtype.itemsize])
+    dtype = np.dtype(BITS[entry.dtype.itemsize])
     try:
         return np.ascontiguousarray(unpack(str(forms.get(entry.name)), arrays, _matrix_shape(entry.shape), dtype))
     except Malformed as error:

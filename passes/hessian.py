@@ -55,6 +55,15 @@ def inverse_factor(second: np.ndarray, damp: float, device: str = "cpu") -> torc
     return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).contiguous()
 
 
+def damped_tensor(second: np.ndarray, damp: float, device: str = "cpu") -> torch.Tensor:
+    """S + damp * mean(diag S) * I, (n, n) float64, where no inverse is asked for; a mean of 0 counts as 1."""
+    import torch
+
+    found = torch.from_numpy(second.astype(np.float64)).to(device)
+    found.diagonal().add_(damp * (float(found.diagonal().mean()) or 1.0))
+    return found
+
+
 def damped(second: np.ndarray, damp: float) -> np.ndarray:
     """S + damp * mean(diag S) * I, (n, n) float64; the identity where nothing was seen at all.
 

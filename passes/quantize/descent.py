@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from tightship.layout import Arrays, Layout
+from tightship.passes.hessian import damped_tensor
 from tightship.passes.quantize.columns import TOGETHER, Columns
 
 
@@ -29,8 +30,7 @@ def descend(
 
     params = {key: value for key, value in arrays.items() if key != "codes"}
     grid = Columns.of(layout.grid(params), w.shape, device)
-    moments = torch.from_numpy(second.astype(np.float64)).to(device)
-    moments.diagonal().add_(damp * (float(moments.diagonal().mean()) or 1.0))
+    moments = damped_tensor(second, damp, device)
     # Transposed, (cols, rows), so that a column lies in one piece.
     values = torch.from_numpy(np.ascontiguousarray(layout.values(arrays).T)).to(device)
     codes = torch.from_numpy(arrays["codes"].T.astype(np.float64, order="C")).to(device)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tightship.layout import Arrays, Layout
+from tightship.passes.hessian import damped_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +40,7 @@ def refit(
 
     if not layout.refittable:
         return arrays
-    moments = torch.from_numpy(second.astype(np.float64)).to(device)
-    moments.diagonal().add_(damp * (float(moments.diagonal().mean()) or 1.0))
+    moments = damped_tensor(second, damp, device)
     found = dict(arrays)
     job = _Job(layout, moments, torch.from_numpy(layout.values(found) - w).to(device) @ moments)
     for key in layout.refittable:

@@ -25,9 +25,11 @@ def rank() -> int:
 
 def join(device: str) -> None:
     """Meet the others, once."""
+    if world() == 1:
+        return
     import torch
 
-    if world() > 1 and not torch.distributed.is_initialized():
+    if not torch.distributed.is_initialized():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
