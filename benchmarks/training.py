@@ -6,7 +6,8 @@ PART is `low-rank`, `recovery`, `distill` or `logprobs`. All rows of a part star
 same text (the first nine tenths of FILE; the last is the tuning slice) and are measured on the same windows of a text
 that no row was trained on. Learning rates are chosen by what is lost on the tuning slice, never on the test.
 
-- low-rank: SVD, ASVD and SVD-LLM, with 20 % and 40 % of the parameters of each matrix of the blocks removed.
+- low-rank: SVD, ASVD and SVD-LLM, with 20 % and 40 % of the parameters of each matrix of the blocks removed; SVD-LLM
+  also with as many removed of all matrices together, ranks shared out by loss.
 - recovery: how much of the perplexity that pruning cost each method returns: (pruned - recovered) / (pruned - dense).
   `teacher`: `distill` with alpha 1 and the dense model as its teacher, under the mask or in the smaller shape.
 - logprobs: how near the loss from stored log-probabilities comes to the live teacher's.
@@ -47,6 +48,12 @@ SPARSE: dict[str, Step] = {
     "70 % magnitude": ("prune", {"method": "magnitude", "sparsity": 0.7}),
     "70 % sparsegpt": ("prune", {"method": "sparsegpt", "sparsity": 0.7}),
     "25 % of the FFN channels": ("prune-structured", {"ffn": 0.25}),
+}
+LOW_RANKS: dict[str, dict[str, Any]] = {
+    "svd": {"method": "svd"},
+    "asvd": {"method": "asvd"},
+    "svd-llm": {"method": "svd-llm"},
+    "svd-llm, ranks by loss": {"method": "svd-llm", "by": "loss"},
 }
 RATES = [1e-3, 3e-3]
 SEEDS = [0, 1, 2]
@@ -118,10 +125,10 @@ class Bench:
     def low_rank(self) -> None:
         self.rows.add("dense", "", lambda: self.measured(self.checkpoint))
         for keep in (0.8, 0.6):
-            for method in ("svd", "asvd", "svd-llm"):
-                step: Step = ("low-rank", {"method": method, "keep": keep, "dtype": "f32"})
+            for how, method in LOW_RANKS.items():
+                step: Step = ("low-rank", {**method, "keep": keep, "dtype": "f32"})
                 make = functools.partial(self.apply, self.checkpoint, step, "low-rank")
-                self.rows.add(f"-{1 - keep:.0%}", method, lambda make=make: self.measured(make()[0]))
+                self.rows.add(f"-{1 - keep:.0%}", how, lambda make=make: self.measured(make()[0]))
 
     def recovery(self) -> None:
         dense = self.rows.add("dense", "", lambda: self.measured(self.checkpoint), base=True)
@@ -265,6 +272,8 @@ def main() -> None:
         "tuning": f"the rest of {options.calibration.name}, {sum(map(len, tuning))} tokens",
         "measured on": f"{options.text.name}, {sum(map(len, test))} tokens in windows of {options.sequence}",
     }
+    if options.part == "low-rank":
+        settings["trained on"] += f", {run.tokens} tokens"
     if options.part == "distill":
         settings["tokens"] = f"{options.tokens} a student, a fifth of them written by the teacher"
     path = options.out / f"training-{options.part}-{checkpoint.name}"

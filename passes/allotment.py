@@ -55,10 +55,7 @@ def allotted(
 
 def _hurt(model: StandIns, name: str, quiet: Callable[[int], np.ndarray], keep: int) -> float:
     """What the model's output loses when the matrix `name` reads `keep` units."""
-    before = model.put(name, quiet(keep))
-    found = model.divergence()
-    model.put(name, before)
-    return found
+    return model.hurt(name, quiet(keep))
 
 
 def step_costs(hurt: Callable[[int], float], units: int, keep: int, step: int) -> np.ndarray:

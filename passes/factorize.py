@@ -80,6 +80,11 @@ class Spectrum:
         total = float((self.singular**2).sum())
         return float((self.singular[rank:] ** 2).sum()) / total if total else 0.0
 
+    def cut(self, rank: int) -> np.ndarray:
+        """The matrix of this rank, (out, in) float32."""
+        left, right = self.factors(rank)
+        return (left @ right).astype(np.float32)
+
     def factors(self, rank: int) -> tuple[np.ndarray, np.ndarray]:
         """L (out, rank) and R (rank, in) float64."""
         root = np.sqrt(self.singular[:rank])
@@ -114,27 +119,3 @@ def spectrum(w: np.ndarray, metric: Metric, device: str = "cpu") -> Spectrum:
 def most_useful(out: int, width: int) -> int:
     """Largest rank whose factors are smaller than the matrix: r * (out + in) < out * in."""
     return max((out * width - 1) // (out + width), 0)
-
-
-def ranks_within(spectra: dict[str, np.ndarray], shapes: dict[str, tuple[int, int]], elements: int) -> dict[str, int]:
-    """Ranks that keep the most, weight for weight, with at most `elements` factor elements in all; at least 1 each.
-
-    What a rank keeps is its squared singular value as a share of its matrix's sum: layers are compared by the share of
-    their own output, not by its size. Singular values descend, so taking the best ratio first is the optimum of the
-    relaxed problem. Ties go to the earlier name.
-    """
-    ranks = {name: min(1, most_useful(*shapes[name])) for name in sorted(spectra)}
-    spent = sum(ranks[name] * sum(shapes[name]) for name in ranks)
-    offers = []
-    for name in ranks:
-        squares = spectra[name] ** 2
-        cost = sum(shapes[name])
-        shares = squares / max(float(squares.sum()), np.finfo(np.float64).tiny)
-        offers += [(-float(shares[k]) / cost, name, k) for k in range(1, min(most_useful(*shapes[name]), len(squares)))]
-    for _, name, index in sorted(offers):
-        cost = sum(shapes[name])
-        # within a matrix offers come in rank order; one that does not fit closes the matrix
-        if ranks[name] == index and spent + cost <= elements:
-            ranks[name] += 1
-            spent += cost
-    return ranks

@@ -1,7 +1,8 @@
 """Low rank: a linear W (out, in) becomes a product L (out, r) R (r, in).
 
-1. Exactly one of `rank`, `keep` (share of each matrix's parameters), `energy` (share of the squared singular values, in
-   the method's metric) and `bytes` (for the factors of all linears together) says how much is kept.
+1. Exactly one of `rank`, `keep` (share of the parameters), `energy` (share of the squared singular values, in the
+   method's metric) and `bytes` (for all linears together) says how much is kept. `keep` is a share of each matrix, or,
+   with `by`, of all together; `by: energy` (the default of `bytes`) and `by: loss` share ranks out (`rank_shares.py`).
 2. A matrix whose factors would be no smaller than itself stays as it is, and the report says so.
 3. Factors are stored in the source's element type, or in `dtype`.
 4. Ranks are whole multiples of `multiple`, so that layouts with groups fit the left factor.
@@ -13,28 +14,25 @@ Methods and their sources are in `factorize.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 
+from tightship.blocks import walk_blocks
 from tightship.checkpoint import Checkpoint
 from tightship.dtypes import BY_NAME, dtype
 from tightship.errors import Unsupported, UsageError
+from tightship.modelview import ModelView
 from tightship.passes.base import Needs, Pass, Run
-from tightship.passes.calibration import Figures, Moments, calibration_windows, solve_blocks
-from tightship.passes.factorize import (
-    Metric,
-    Spectrum,
-    by_channel,
-    by_row,
-    most_useful,
-    ranks_within,
-    spectrum,
-    whitening,
-)
+from tightship.passes.calibration import Figures, Moments, MomentSums, calibration_windows, solve_blocks
+from tightship.passes.factorize import Metric, Spectrum, by_channel, by_row, most_useful, spectrum, whitening
+from tightship.passes.kept import kept
 from tightship.passes.masks import finite
+from tightship.passes.rank_shares import Found, Sizes, by_energy, by_loss
+from tightship.passes.stand_ins import StandIns
 from tightship.weights import Alias, Dense, Factored, Stored
 
 
@@ -51,6 +49,7 @@ class LowRank(Pass):
     keep: float | None = None
     energy: float | None = None
     bytes: int | None = None
+    by: Literal["energy", "loss"] | None = None
     alpha: float = 0.5
     damp: float = 1e-4
     dtype: str | None = None
@@ -60,6 +59,8 @@ class LowRank(Pass):
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.rank, self.keep, self.energy, self.bytes)) != 1:
             raise UsageError("low-rank: say exactly one of `rank`, `keep`, `energy` and `bytes`")
+        if self.by is not None and self.keep is None and self.bytes is None:
+            raise UsageError("low-rank: `by` shares out what `keep` or `bytes` leave; give one of them")
         for word in ("rank", "multiple"):
             if getattr(self, word) is not None and getattr(self, word) < 1:
                 raise UsageError(f"low-rank: {word} is at least 1, found {getattr(self, word)}")
@@ -72,17 +73,17 @@ class LowRank(Pass):
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]
-        return "nothing" if self.method == "svd" else "calibration"
+        return "nothing" if self.method == "svd" and self.by != "loss" else "calibration"
 
     def requires(self, checkpoint: Checkpoint) -> None:
         matrices = self._matrices(checkpoint)
-        if self.bytes is not None:
-            least = sum(sum(w.shape) * self._itemsize(w) for w in matrices.values())
-            if self.bytes < least:
-                raise Unsupported(
-                    f"low-rank: {self.bytes} bytes are less than rank 1 everywhere takes, {least} bytes",
-                    hint=f"give at least bytes: {least}",
-                )
+        least = sum(self.multiple * sum(w.shape) * self._unit(w) for w in matrices.values())
+        if self._shared and self._budget(matrices) < least:
+            words = f"bytes: {least}" if self.bytes is not None else f"keep: {least / _elements(matrices):.3g}"
+            raise Unsupported(
+                f"low-rank: {self.bytes or self.keep} is less than rank {self.multiple} everywhere takes",
+                hint=f"give at least {words}",
+            )
 
     def outline(self, checkpoint: Checkpoint) -> Checkpoint:
         """Factors of the given rank; where the data decide, of the largest rank that still saves something."""
@@ -99,7 +100,7 @@ class LowRank(Pass):
     def apply(self, checkpoint: Checkpoint, run: Run) -> Checkpoint:
         matrices = self._matrices(checkpoint)
         if self.method in ("asvd", "svd-llm"):
-            ranks = self._budget(self._survey(checkpoint, matrices, run), matrices)
+            ranks = self._ranks(checkpoint, matrices, self._survey(checkpoint, matrices, run), run)
 
             def solve(name: str, moments: Moments) -> tuple[Stored, Figures]:
                 found = spectrum(finite(name, matrices[name].value()), self._metric(moments), run.device)
@@ -110,7 +111,7 @@ class LowRank(Pass):
         spectra = {
             name: spectrum(finite(name, weight.value()), metrics[name], run.device) for name, weight in matrices.items()
         }
-        ranks = self._budget({name: found.singular for name, found in spectra.items()}, matrices)
+        ranks = self._ranks(checkpoint, matrices, iter(spectra.items()), run)
         solved = {}
         for name, found in spectra.items():
             solved[name], figures = self._cut(matrices[name], found, ranks.get(name))
@@ -134,29 +135,67 @@ class LowRank(Pass):
         squares = mean_over_windows(checkpoint, run, calibration_windows(checkpoint, run), lambda g: g.square())
         return {name: by_row(squares[name]) for name in matrices}
 
-    def _survey(self, checkpoint: Checkpoint, matrices: Mapping[str, Dense], run: Run) -> dict[str, np.ndarray]:
-        """Singular values of every matrix in the untouched model; only a byte budget needs them beforehand."""
-        spectra: dict[str, np.ndarray] = {}
-        if self.bytes is None:
-            return spectra
+    def _survey(
+        self, checkpoint: Checkpoint, matrices: Mapping[str, Dense], run: Run
+    ) -> Iterator[tuple[str, Spectrum]]:
+        """Every matrix of the untouched model, decomposed."""
+        view = ModelView(checkpoint, threads=run.threads, device=run.device)
+        for step in walk_blocks(view, calibration_windows(checkpoint, run)):
+            run.progress("survey of blocks", step.index, int(checkpoint.hyper["layers"]))
+            sums = MomentSums(full=self._full)
+            step.observe(sums)
+            for name in [name for name in step.linears if name in matrices]:
+                w = finite(name, matrices[name].value())
+                yield name, spectrum(w, self._metric(sums.of(name, w.shape[1])), run.device)
 
-        def look(name: str, moments: Moments) -> tuple[Stored, Figures]:
-            spectra[name] = spectrum(matrices[name].value(), self._metric(moments), run.device).singular
-            return matrices[name], {}
-
-        quiet = Run(**{**vars(run), "scratch": None, "report": lambda name, figures: None})  # noqa: ARG005
-        solve_blocks(checkpoint, quiet, set(matrices), look, full=self._full)
-        return spectra
-
-    def _budget(self, spectra: dict[str, np.ndarray], matrices: Mapping[str, Dense]) -> dict[str, int]:
-        if self.bytes is None:
+    def _ranks(
+        self,
+        checkpoint: Checkpoint,
+        matrices: Mapping[str, Dense],
+        spectra: Iterator[tuple[str, Spectrum]],
+        run: Run,
+    ) -> dict[str, int]:
+        """The rank of each matrix where they share a budget, else nothing. Looks at `spectra` only if it has to."""
+        if not self._shared:
             return {}
+        budget = self._budget(matrices)
         shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in matrices.items()}
-        return ranks_within(spectra, shapes, self.bytes // max(self._itemsize(w) for w in matrices.values()))
+        if self.by != "loss":
+            elements = budget // max(self._unit(w) for w in matrices.values())
+            found = by_energy({name: each.singular for name, each in spectra}, shapes, elements)
+            return {name: self._whole(rank) for name, rank in found.items()}
+
+        def measured() -> Found:
+            model = StandIns(checkpoint, calibration_windows(checkpoint, run), run)
+            sizes = {name: self._sizes(weight) for name, weight in matrices.items()}
+            return by_loss(spectra, sizes, budget, lambda name, each, rank: model.hurt(name, each.cut(rank)))
+
+        chosen: Found = kept(run, "ranks.json", measured)
+        for name, figures in chosen.items():
+            run.report(f"{name} (rank)", figures)
+        return {name: int(figures["rank"]) for name, figures in chosen.items()}
+
+    @property
+    def _shared(self) -> bool:
+        """Whether there is one budget for all matrices."""
+        return self.bytes is not None or self.by is not None
+
+    def _budget(self, matrices: Mapping[str, Dense]) -> int:
+        """Of all matrices, in units of `_unit`."""
+        return self.bytes if self.bytes is not None else int((self.keep or 0.0) * _elements(matrices))
+
+    def _unit(self, weight: Dense) -> int:
+        """What an element of a factor counts: its bytes under a budget of bytes, else one."""
+        return dtype(self.dtype or weight.dtype).itemsize if self.bytes is not None else 1
+
+    def _sizes(self, weight: Dense) -> Sizes:
+        out, width = weight.shape
+        whole = weight.nbytes if self.bytes is not None else out * width
+        return Sizes((out, width), (out + width) * self._unit(weight), whole, self.multiple)
 
     def _cut(self, weight: Dense, found: Spectrum, rank: int | None) -> tuple[Stored, Figures]:
         out, width = weight.shape
-        wanted = self._whole(rank or self._rank(weight) or found.rank_for(self.energy or 1.0))
+        wanted = rank or self._whole(self._rank(weight) or found.rank_for(self.energy or 1.0))
         if wanted > most_useful(out, width):
             return weight, {"rank": min(out, width), "kept_dense": 1, "parameters": out * width, "loss": 0.0}
         left, right = found.factors(wanted)
@@ -169,7 +208,7 @@ class LowRank(Pass):
 
     def _rank(self, weight: Dense) -> int | None:
         """The rank where it does not depend on data."""
-        if self.keep is None:
+        if self.keep is None or self.by is not None:
             return self.rank
         out, width = weight.shape
         return max(int(self.keep * out * width / (out + width)), 1)
@@ -182,9 +221,6 @@ class LowRank(Pass):
     def _shapes(self, weight: Dense, rank: int) -> Factored:
         word = self.dtype or weight.dtype
         return Factored(Dense((weight.shape[0], rank), word, _no_data), Dense((rank, weight.shape[1]), word, _no_data))
-
-    def _itemsize(self, weight: Dense) -> int:
-        return dtype(self.dtype or weight.dtype).itemsize
 
     def _matrices(self, checkpoint: Checkpoint) -> dict[str, Dense]:
         found: dict[str, Dense] = {}
@@ -199,6 +235,10 @@ class LowRank(Pass):
                 )
             found[info.name] = weight
         return found
+
+
+def _elements(matrices: Mapping[str, Dense]) -> int:
+    return sum(math.prod(weight.shape) for weight in matrices.values())
 
 
 def _no_data() -> np.ndarray:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from tightship.checkpoint import Checkpoint
 from tightship.dtypes import dtype
-from tightship.durable import write_file
 from tightship.passes.base import Needs, Run
 from tightship.passes.calibration import Figures, Moments, solve_blocks
 from tightship.passes.hessian import loss
+from tightship.passes.kept import kept
 from tightship.passes.masks import finite
 from tightship.passes.prune import Prune, PruneMethod
 from tightship.passes.prune_search import search
@@ -62,18 +60,18 @@ class CalibratedPrune(PruneMethod):
         """How many zeros each matrix gets."""
         share = spec.sparsity or 0.0
         if spec.compared == "global":
-            return _kept(run, "counts.json", lambda: global_counts(self, spec, checkpoint, run))
+            return kept(run, "counts.json", lambda: global_counts(self, spec, checkpoint, run))
         if spec.schedule == "uniform":
             return {name: round(share * int(np.prod(w.shape))) for name, w in spec.tensors(checkpoint).items()}
         facts = self._facts(spec, checkpoint, run)
         if spec.schedule != "search":
             return zeros_per_layer(spec.schedule, facts, share, spec.spread)
         seed = zeros_per_layer("water-fill", facts, share, spec.spread)
-        found: dict[str, int] = _kept(run, "shares.json", lambda: search(self, spec, checkpoint, run, seed))
+        found: dict[str, int] = kept(run, "shares.json", lambda: search(self, spec, checkpoint, run, seed))
         return found
 
     def _facts(self, spec: Prune, checkpoint: Checkpoint, run: Run) -> dict[str, Layer]:
-        entries = _kept(
+        entries = kept(
             run, "survey.json", lambda: {n: _entry(f) for n, f in survey(self, spec, checkpoint, run).items()}
         )
         facts = {name: _layer(entry) for name, entry in entries.items()}
@@ -88,18 +86,6 @@ def _stored(source: Dense | Quantized, solved: Dense | Quantized) -> Stored:
     if isinstance(solved, Quantized) or isinstance(source, Quantized):
         return solved
     return Dense.of(solved.read().astype(dtype(source.dtype).numpy))
-
-
-def _kept(run: Run, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` gives, from the scratch directory if a killed run got that far; numbers survive JSON exactly."""
-    file = None if run.scratch is None else Path(run.scratch) / name
-    if file is not None and file.exists():
-        found: dict[str, Any] = json.loads(file.read_text())
-        return found
-    made = make()
-    if file is not None:
-        write_file(file, json.dumps(made))
-    return made
 
 
 def _entry(facts: Layer) -> dict[str, Any]:

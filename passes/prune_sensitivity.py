@@ -44,9 +44,7 @@ class Sensitivity(Gradient):
         for done, (name, score) in enumerate(scores.items()):
             run.progress("ablation of matrices", done, len(scores))
             mask = lowest(score, round((spec.sparsity or 0.0) * score.size))
-            before = model.put(name, np.where(mask, np.float32(0), checkpoint.resolve(name).value()))
-            hurt = model.divergence()
-            model.put(name, before)
+            hurt = model.hurt(name, np.where(mask, np.float32(0), checkpoint.resolve(name).value()))
             run.report(f"{name} alone", {"divergence": hurt})
             found[name] = score * (hurt / (float(score[mask].sum(dtype=np.float64)) or 1.0))
         return found

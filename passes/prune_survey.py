@@ -51,9 +51,7 @@ def survey(method: CalibratedPrune, spec: Prune, checkpoint: Checkpoint, run: Ru
             hurt = None
             if alone is not None:
                 zeros = round((spec.sparsity or 0.0) * w.size)
-                whole = alone.put(name, method.pruned(spec, w, moments, zeros, run.device))
-                hurt = alone.divergence()
-                alone.put(name, whole)
+                hurt = alone.hurt(name, method.pruned(spec, w, moments, zeros, run.device))
             found[name] = _measure(method, spec, w, moments, hurt)
         # Outliers are counted over whole blocks, as in OWL.
         share = sum(f.outliers * f.size for f in found.values()) / max(1, sum(f.size for f in found.values()))

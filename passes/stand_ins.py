@@ -32,6 +32,13 @@ class StandIns:
         target.copy_(torch.from_numpy(np.ascontiguousarray(values)))
         return before
 
+    def hurt(self, name: str, values: np.ndarray) -> float:
+        """The divergence with these values (out, in) of the matrix `name`, which then gets back its own."""
+        before = self.put(name, values)
+        found = self.divergence()
+        self.put(name, before)
+        return found
+
     def divergence(self) -> float:
         """How far the outputs are from those of the checkpoint; see `Yardstick`."""
         return self._yardstick.divergence()

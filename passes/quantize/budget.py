@@ -14,16 +14,13 @@ fed the same norm (vLLM fuses query, key and value, gate and up).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tightship.checkpoint import Checkpoint
-from tightship.durable import write_file
 from tightship.errors import Unsupported, UsageError
 from tightship.formats.layouts import parse_layout
 from tightship.formats.layouts.affine import Affine
@@ -31,12 +28,13 @@ from tightship.formats.packings.compressed_tensors import packed_specs
 from tightship.formats.packings.ggml import ggml_type_for, row_bytes
 from tightship.formats.packings.matmul_nbits import nbits_for
 from tightship.layout import Layout
+from tightship.passes.allocation import Choice, allocate
 from tightship.passes.base import Run
 from tightship.passes.calibration import calibration_windows
 from tightship.passes.folding import folds_of
 from tightship.passes.gradients import mean_over_windows
+from tightship.passes.kept import kept
 from tightship.passes.masks import finite
-from tightship.passes.quantize.allocation import Choice, allocate
 from tightship.passes.stand_ins import StandIns
 from tightship.target import Refused
 
@@ -72,12 +70,12 @@ def spent(spec: Quantize, checkpoint: Checkpoint, run: Run) -> Quantize:
     """`spec` with the budget spent: every linear's layout by name. Tells the report what was chosen and why."""
     costs, budget = _costs(spec, checkpoint)
     teams = _teams(checkpoint, costs, spec.container)
-    harms = _harms(checkpoint, run, costs, spec.sensitivity)
+    harms = kept(run, "sensitivity.json", lambda: _harms(checkpoint, run, costs, spec.sensitivity))
     choices = {team: _together(members, costs, harms) for team, members in teams.items()}
     chosen = allocate(choices, budget)
     for team, choice in chosen.items():
         run.report(f"{team} (bytes)", _figures(choices[team], choice))
-    return _with(spec, {name: chosen[team].layout for team, members in teams.items() for name in members})
+    return _with(spec, {name: chosen[team].word for team, members in teams.items() for name in members})
 
 
 def uniform(spec: Quantize, checkpoint: Checkpoint) -> list[Quantize]:
@@ -141,15 +139,11 @@ def _together(members: Sequence[str], costs: Costs, harms: Mapping[str, Mapping[
     """A team's candidates, smallest first: those that all members have, sizes and harms added up."""
     words = [word for word in costs[members[0]] if all(word in costs[name] for name in members)]
     found = [Choice(w, sum(costs[n][w] for n in members), sum(harms[n][w] for n in members)) for w in words]
-    return sorted(found, key=lambda choice: (choice.nbytes, choice.layout))
+    return sorted(found, key=lambda choice: (choice.size, choice.word))
 
 
 def _harms(checkpoint: Checkpoint, run: Run, costs: Costs, how: str) -> dict[str, dict[str, float]]:
-    """How much each candidate is expected to hurt each matrix; see the module. Kept in the scratch directory."""
-    file = None if run.scratch is None else Path(run.scratch) / "sensitivity.json"
-    if file is not None and file.exists():
-        kept: dict[str, dict[str, float]] = json.loads(file.read_text())
-        return kept
+    """How much each candidate is expected to hurt each matrix; see the module."""
     windows = calibration_windows(checkpoint, run)
     fisher = mean_over_windows(checkpoint, run, windows, lambda gradient: gradient.square())
     stand_ins = StandIns(checkpoint, windows, run) if how == "both" else None
@@ -161,12 +155,8 @@ def _harms(checkpoint: Checkpoint, run: Run, costs: Costs, how: str) -> dict[str
         found[name] = {word: _weighed(fisher[name], w - values) for word, values in rounded.items()}
         if stand_ins is not None:
             coarsest = next(iter(rounded))
-            before = stand_ins.put(name, rounded[coarsest])
-            level = stand_ins.divergence() / (found[name][coarsest] or 1.0)
-            stand_ins.put(name, before)
+            level = stand_ins.hurt(name, rounded[coarsest]) / (found[name][coarsest] or 1.0)
             found[name] = {word: level * harm for word, harm in found[name].items()}
-    if file is not None:
-        write_file(file, json.dumps(found))
     return found
 
 
@@ -182,8 +172,8 @@ def _weighed(fisher: np.ndarray, difference: np.ndarray) -> float:
 def _figures(options: Sequence[Choice], chosen: Choice) -> dict[str, float | int | str]:
     """What was chosen, and what the next smaller and larger candidate would have done."""
     at = options.index(chosen)
-    found: dict[str, float | int | str] = {"layout": chosen.layout, "bytes": chosen.nbytes, "harm": chosen.harm}
+    found: dict[str, float | int | str] = {"layout": chosen.word, "bytes": chosen.size, "harm": chosen.harm}
     for word, index in (("smaller", at - 1), ("larger", at + 1)):
         if 0 <= index < len(options):
-            found |= {word: options[index].layout, f"harm_if_{word}": options[index].harm}
+            found |= {word: options[index].word, f"harm_if_{word}": options[index].harm}
     return found

@@ -10,7 +10,6 @@ from tightship.passes.factorize import (
     by_channel,
     by_row,
     most_useful,
-    ranks_within,
     spectrum,
     whitening,
 )
@@ -80,15 +79,6 @@ def test_saving_as_the_arithmetic_says() -> None:
     assert 10 * 1024 * 4096 == 64 * 655_360
     assert most_useful(1024, 4096) == 819  # 819 * 5120 < 4194304 <= 820 * 5120
     assert most_useful(2, 2) == 0  # 3 // 4: rank 1 would take all 4 elements again
-
-
-def test_budget_takes_the_best_ranks_and_stays_inside() -> None:
-    spectra = {"a": np.array([4.0, 3.0, 1.0, 0.1]), "b": np.array([1.0, 1.0, 1.0, 1.0])}
-    shapes = {"a": (10, 10), "b": (10, 10)}
-    # shares of a: 16, 9, 1 of 26.01; of b: 1/4 each. After rank 1 each, a's second (.346) beats b's (.25)
-    assert ranks_within(spectra, shapes, 40) == {"a": 1, "b": 1}
-    assert ranks_within(spectra, shapes, 60) == {"a": 2, "b": 1}
-    assert ranks_within(spectra, shapes, 99) == {"a": 2, "b": 2}
 
 
 def test_moments_without_an_inverse_are_an_error() -> None:

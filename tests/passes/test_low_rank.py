@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,24 @@ def test_byte_budget_is_kept(ember: Checkpoint, method: str) -> None:
     assert budget - dearest < spent <= budget
 
 
+@pytest.mark.parametrize("method", ["svd", "svd-llm"])
+def test_ranks_by_loss_keep_the_share_of_all(ember: Checkpoint, tmp_path: Path, method: str) -> None:
+    figures: dict[str, Mapping[str, Any]] = {}
+    step = LowRank(method=method, keep=0.6, by="loss", multiple=8, dtype="f32")
+    run = dataclasses.replace(run_with(figures), scratch=tmp_path)
+    result = step.apply(ember, run)
+    kept = sum(int(figures[info.name]["parameters"]) for info in ember.linears())
+    whole = sum(int(np.prod(info.shape)) for info in ember.linears())
+    assert 0.6 * whole - 8 * 1024 < kept <= 0.6 * whole
+    for info in ember.linears():
+        assert figures[info.name]["rank"] == figures[f"{info.name} (rank)"]["rank"]
+        assert figures[f"{info.name} (rank)"]["divergence"] > 0
+    assert len({figures[info.name]["rank"] for info in ember.linears()}) > 3
+    again = step.apply(ember, run_with())  # nothing kept
+    for info in ember.linears():
+        assert np.array_equal(again.weights[info.name].value(), result.weights[info.name].value())
+
+
 def test_merged_factors_are_a_matrix_of_the_rank(ember: Checkpoint) -> None:
     result = LowRank(rank=16, merge=True, dtype="f32").apply(ember, run_with())
     weight = result.weights[ember.linears()[0].name]
@@ -109,8 +128,17 @@ def test_outline_has_the_shapes_of_the_result(ember: Checkpoint) -> None:
 
 
 def test_options_are_checked(ember: Checkpoint) -> None:
-    for options in ({}, {"rank": 4, "energy": 0.5}, {"rank": 0}, {"energy": 1.5}, {"rank": 4, "dtype": "i8"}):
+    for options in (
+        {},
+        {"rank": 4, "energy": 0.5},
+        {"rank": 0},
+        {"energy": 1.5},
+        {"rank": 4, "dtype": "i8"},
+        {"rank": 4, "by": "loss"},
+    ):
         with pytest.raises(UsageError):
             pass_for("low-rank", options)
     with pytest.raises(Unsupported, match="rank 1 everywhere"):
         LowRank(bytes=10).requires(ember)
+    with pytest.raises(Unsupported, match="rank 64 everywhere"):
+        LowRank(keep=0.1, by="loss", multiple=64).requires(ember)

@@ -13,9 +13,9 @@ from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported, UsageError
 from tightship.exporters.to_gguf import GgufExporter
 from tightship.opening import open_checkpoint
+from tightship.passes.allocation import Choice, allocate
 from tightship.passes.base import Run
 from tightship.passes.quantize import Quantize
-from tightship.passes.quantize.allocation import Choice, allocate
 from tightship.recipe import Recipe
 from tightship.stages import for_container, scheme_stage
 from tightship.target import Target
@@ -47,10 +47,10 @@ def test_the_choice_is_the_best_of_all(seed: int) -> None:
         for i in range(5)
     }
     budget = 55
-    fitting = [c for c in itertools.product(*choices.values()) if sum(x.nbytes for x in c) <= budget]
+    fitting = [c for c in itertools.product(*choices.values()) if sum(x.size for x in c) <= budget]
     best = min(sum(x.harm for x in c) for c in fitting)
     found = allocate(choices, budget)
-    assert sum(c.nbytes for c in found.values()) <= budget
+    assert sum(c.size for c in found.values()) <= budget
     assert sum(c.harm for c in found.values()) == pytest.approx(best)
 
 

@@ -19,10 +19,10 @@ _STEPS = 1 << 16
 
 @dataclass(frozen=True)
 class Choice:
-    """One candidate: the layout's word, its bytes in the container, and how much it is thought to hurt."""
+    """One candidate: its word (a layout, a rank), its size in bytes or elements, and how much it is thought to hurt."""
 
-    layout: str
-    nbytes: int
+    word: str
+    size: int
     harm: float
 
 
@@ -32,10 +32,10 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, 
     Raises:
         UsageError: even the smallest do not fit.
     """
-    least = sum(min(c.nbytes for c in options) for options in choices.values())
+    least = sum(min(c.size for c in options) for options in choices.values())
     if least > budget:
         raise UsageError(f"{budget} bytes are less than the smallest candidates take, {least} bytes")
-    divisor = math.gcd(*(c.nbytes for options in choices.values() for c in options))
+    divisor = math.gcd(*(c.size for options in choices.values() for c in options))
     unit = max(divisor, -(-budget // _STEPS))
     room = budget // unit
     best = np.zeros(room + 1)
@@ -44,7 +44,7 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, 
         now = np.full(room + 1, np.inf)
         picked = np.zeros(room + 1, np.int64)
         for index, choice in enumerate(options):
-            cost = -(-choice.nbytes // unit)
+            cost = -(-choice.size // unit)
             moved = np.full(room + 1, np.inf)
             moved[cost:] = best[: room + 1 - cost] + choice.harm
             better = moved < now
@@ -56,5 +56,5 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, 
     found: dict[str, Choice] = {}
     for (name, options), picked in zip(reversed(list(choices.items())), reversed(taken), strict=True):
         found[name] = options[picked[room]]
-        room -= -(-found[name].nbytes // unit)
+        room -= -(-found[name].size // unit)
     return {name: found[name] for name in choices}
