@@ -14,6 +14,8 @@ from safetensors.numpy import load_file
 
 from tightship.architecture import architecture_for
 from tightship.checkpoint import Checkpoint, Source
+from tightship.formats.gguf_file import Field, read_gguf
+from tightship.formats.gguf_writer import TensorToWrite, write_gguf
 from tightship.weights import Dense
 
 STRINGS = Path(__file__).parent / "data" / "tokenizer_strings.txt"
@@ -139,6 +141,25 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
     return folder
+
+
+@pytest.fixture(scope="session")
+def rewritten() -> Callable[..., Path]:
+    """(GGUF file, new path, fields) -> a copy with metadata replaced (None: left out), a tensor left out, or added."""
+
+    def copy(path: Path, target: Path, fields: Mapping[str, Field | None], without: str = "", more: int = 0) -> Path:
+        file = read_gguf(path)
+        kept = {key: field for key, field in (dict(file.fields) | fields).items() if field is not None}
+        tensors = [
+            TensorToWrite(t.name, t.type_name, t.shape, lambda t=t: [t.read_rows()])
+            for t in file.tensors.values()
+            if t.name != without
+        ]
+        tensors += [TensorToWrite(f"more{i}", "F32", (1,), lambda: [np.ones(1, np.float32)]) for i in range(more)]
+        write_gguf(target, kept, tensors)
+        return target
+
+    return copy
 
 
 @pytest.fixture(params=list(FAMILIES))

@@ -61,17 +61,19 @@ def _found(architecture: Architecture, metadata: Metadata, tensors: Mapping[str,
     if embedding is None:
         raise Malformed("there is no token_embd.weight", tensor="token_embd.weight")
     found = {
-        "layers": _need(metadata, arch, "block_count"),
-        "hidden": _need(metadata, arch, "embedding_length"),
-        "ffn": _need(metadata, arch, "feed_forward_length"),
-        "heads": _need(metadata, arch, "attention.head_count"),
-        "context": _need(metadata, arch, "context_length"),
+        "layers": _count(metadata, arch, "block_count"),
+        "hidden": _count(metadata, arch, "embedding_length"),
+        "ffn": _count(metadata, arch, "feed_forward_length"),
+        "heads": _count(metadata, arch, "attention.head_count"),
+        "context": _count(metadata, arch, "context_length"),
         "norm_eps": decimal(_need(metadata, arch, gguf["norm_key"])),
         "activation": next(iter(gguf["activation"]), None),
         "vocab": embedding.shape[0],
         "tied": "output.weight" not in tensors,
         "token_types": metadata.get("tokenizer.ggml.token_type_count"),
     }
+    if found["layers"] > len(tensors):
+        raise Malformed(f"{arch}.block_count is {found['layers']}, more than the file has tensors")
     found["kv_heads"] = metadata.get(f"{arch}.attention.head_count_kv", found["heads"])
     found["head_dim"] = metadata.get(f"{arch}.attention.key_length", found["hidden"] // max(found["heads"], 1))
     if "rope_dim" in architecture.config:  # heads of a part that turns and one that does not
@@ -120,6 +122,13 @@ def _need(metadata: Metadata, arch: str, suffix: str) -> Any:
         raise Malformed(f"the metadata lack {arch}.{suffix}")
     if isinstance(value, np.ndarray):
         raise Unsupported(f"{arch}.{suffix} differs by layer, which config.json cannot say")
+    return value
+
+
+def _count(metadata: Metadata, arch: str, suffix: str) -> int:
+    value = _need(metadata, arch, suffix)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise Malformed(f"{arch}.{suffix} is {value!r}, not a count")
     return value
 
 

@@ -18,6 +18,7 @@ from tightship.architecture import Architecture, TensorInfo, TensorRule, all_arc
 from tightship.checkpoint import Checkpoint, Source, check_tensors
 from tightship.errors import Malformed, Unsupported
 from tightship.gguf_config import Metadata, config_of, contradicts
+from tightship.gguf_layers import split_widths
 from tightship.target import Progress, no_progress
 from tightship.weights import Alias, Dense, Quantized, Weight
 
@@ -36,7 +37,9 @@ def open_gguf(path: str | Path, progress: Progress = no_progress, *, hashed: boo
     path = Path(path)
     file = read_shards(path)
     architecture = _family(file.metadata)
-    config = config_of(architecture, file.metadata, file.tensors)
+    metadata, layers = split_widths(architecture, file.metadata)
+    config = config_of(architecture, metadata, file.tensors) | layers
+    architecture.check_supported(config)
     weights = _weights(architecture, config, file.tensors)
     checkpoint = Checkpoint(
         name=_name(str(file.metadata.get("general.name") or path.stem)),
@@ -46,7 +49,6 @@ def open_gguf(path: str | Path, progress: Progress = no_progress, *, hashed: boo
         architecture=architecture,
         source=Source(path.name, None, (), {p.name: p for p in file.paths}),
     )
-    architecture.check_supported(config)
     check_tensors(checkpoint)
     return checkpoint.replace(source=checkpoint.source.hashed(progress)) if hashed else checkpoint
 
@@ -62,7 +64,8 @@ def _family(metadata: Metadata) -> Architecture:
     if kind != "model":
         raise Unsupported(f"this GGUF file holds no model: its general.type is {kind!r}")
     arch = metadata["general.architecture"]
-    candidates = [a for a in all_architectures() if a.gguf is not None and a.gguf["arch"] == arch]
+    claims = ("arch", "unlike_arch")
+    candidates = [a for a in all_architectures() if a.gguf and arch in (a.gguf.get(claim) for claim in claims)]
     if not candidates:
         raise Unsupported(f"GGUF architecture {arch!r} cannot be opened as a source", hint="start from the original")
     experts = bool(metadata.get(f"{arch}.expert_count"))

@@ -285,6 +285,7 @@ def _elements(tensors: Any) -> int:
 
 def _config(config: Mapping[str, Any]) -> Any:
     """The config class's object of a raw config.json. No code is fetched and none comes from the file."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
     kept = {key: value for key, value in config.items() if key not in _CONFIG_KEYS_LEFT_OUT}
@@ -292,6 +293,8 @@ def _config(config: Mapping[str, Any]) -> Any:
         return CONFIG_MAPPING[config["model_type"]].from_dict(kept)
     except KeyError as error:
         raise Unsupported(f"this transformers has no model type {config.get('model_type')!r}") from error
+    except StrictDataclassError as error:
+        raise Unsupported(f"transformers refuses config.json: {_first_line(error)}") from error
 
 
 def _model_class(checkpoint: Checkpoint) -> Any:

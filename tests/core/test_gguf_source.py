@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from tightship.checkpoint import Checkpoint
 from tightship.errors import Malformed, Unsupported
 from tightship.exporters.to_gguf import GgufExporter
 from tightship.formats.gguf_file import Field, read_gguf
-from tightship.formats.gguf_writer import TensorToWrite, write_gguf
 from tightship.formats.layouts import parse_layout
 from tightship.modelview import ModelView
 from tightship.opening import open_checkpoint
@@ -101,26 +101,14 @@ def test_shards_are_opened_together(tmp_path: Path) -> None:
     assert len(back.source.files) == len(list(first.parent.glob("*.gguf"))) > 1
 
 
-def rewritten(path: Path, target: Path, fields: dict[str, Field | None], without: str = "", more: int = 0) -> Path:
-    """A copy with metadata replaced (None: left out), a tensor left out, or tensors added."""
-    file = read_gguf(path)
-    kept = {key: field for key, field in (dict(file.fields) | fields).items() if field is not None}
-    tensors = [
-        TensorToWrite(t.name, t.type_name, t.shape, lambda t=t: [t.read_rows()])
-        for t in file.tensors.values()
-        if t.name != without
-    ]
-    tensors += [TensorToWrite(f"more{i}", "F32", (1,), lambda: [np.ones(1, np.float32)]) for i in range(more)]
-    write_gguf(target, kept, tensors)
-    return target
-
-
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
         ({"fields": {"general.architecture": Field("str", "rwkv7")}}, Unsupported, "'rwkv7' cannot be opened"),
         ({"fields": {"llama.block_count": None}}, Malformed, "lack llama.block_count"),
         ({"fields": {"llama.feed_forward_length": Field("[i32]", [1, 2])}}, Unsupported, "differs by layer"),
+        ({"fields": {"llama.block_count": Field("u32", 2**32 - 1)}}, Malformed, "more than the file has tensors"),
+        ({"fields": {"llama.attention.head_count": Field("str", "4")}}, Malformed, "not a count"),
         ({"fields": {"llama.rope.scaling.type": Field("str", "longrope")}}, Malformed, "longrope needs its factors"),
         ({"fields": {"llama.rope.scaling.type": Field("str", "su")}}, Unsupported, "'su' of a GGUF file"),
         ({"fields": {"tokenizer.ggml.pre": Field("str", "tiny_aya")}}, Unsupported, "tiny_aya"),
@@ -134,7 +122,7 @@ def rewritten(path: Path, target: Path, fields: dict[str, Field | None], without
     ],
 )
 def test_files_that_are_no_checkpoint(
-    changes: dict[str, Any], kind: type[Exception], message: str, tmp_path: Path
+    changes: dict[str, Any], kind: type[Exception], message: str, rewritten: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = written(open_checkpoint(EMBER), tmp_path / "a")
     broken = rewritten(path, tmp_path / "x.gguf", **changes)
@@ -146,7 +134,9 @@ def test_files_that_are_no_checkpoint(
     ("name", "expected"),
     [("../../etc/passwd", "etc-passwd"), ("a\0b\\c d", "a-b-c-d"), ("...", "model"), ("n" * 300, "n" * 96)],
 )
-def test_the_name_in_the_file_is_no_path(name: str, expected: str, tmp_path: Path) -> None:
+def test_the_name_in_the_file_is_no_path(
+    name: str, expected: str, rewritten: Callable[..., Path], tmp_path: Path
+) -> None:
     path = written(open_checkpoint(EMBER), tmp_path / "a")
     renamed = rewritten(path, tmp_path / "x.gguf", {"general.name": Field("str", name)})
     assert open_checkpoint(renamed).name == expected

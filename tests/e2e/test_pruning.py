@@ -108,3 +108,7 @@ def test_blocks_of_unlike_widths_in_gguf_and_onnx(
         assert found == [table[str(n)][word] for n in range(3)]
         assert len(set(found)) > 1
     assert not (done.output / "onnx" / "genai_config.json").exists()
+    again = build_command(next((done.output / "gguf").glob("*.gguf")), "--to", "onnx", "--to", "gguf:q8_0")
+    assert again.code == 0, again.body
+    assert {c["verdict"] for c in again.checks.values()} == {"pass"}
+    assert json.loads((again.output / "onnx" / "config.json").read_text())["per_layer_config"] == table
