@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,9 @@ from tightship.exporters.onnx_activations import in_integers
 from tightship.exporters.onnx_candidates.skeleton import MAIN, Skeleton
 from tightship.exporters.onnx_emit import Emitter
 from tightship.exporters.onnx_half import to_half
+from tightship.exporters.onnx_stacks import stack_initializers
 from tightship.exporters.onnx_storage import Style
-from tightship.exporters.onnx_units import units_of, unused_tensors
+from tightship.exporters.onnx_units import owner_of, units_of, unused_tensors
 from tightship.formats.onnx_writer import Initializer, Part, write_parts
 from tightship.target import Progress, no_progress
 
@@ -60,6 +62,11 @@ def _filled(skeleton: Skeleton, checkpoint: Checkpoint, style: Style, written: d
         emitter.place(unit)
         found = {item.name: 0 if item.same_as else item.nbytes for item in emitter.initializers[first:]}
         written.setdefault(unit.tensor, {}).update(found)
+    for name, item in stack_initializers(skeleton, checkpoint, style).items():
+        emitter.initializers.append(item)
+        tensors = [*chain(*skeleton.stacks[name].tensors)]
+        for tensor in tensors:
+            written.setdefault(owner_of(checkpoint, tensor), {})[name] = item.nbytes // len(tensors)
     if style.half:
         to_half(emitter)
     remove_dead(graph, ("Transpose", "Cast"))

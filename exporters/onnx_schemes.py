@@ -21,6 +21,8 @@ int8-static` for symmetric ones, `activation_range`, `percentile`). Both have st
 Options: `profile: portable`, `layout` (another affine layout for the integers), `include: [embeddings, head]`,
 `accuracy_level` (of MatMulNBits as shipped; 4, the default, quantizes activations to int8, 0 and 1 do not),
 `folder: onnx` (the graph lies in `onnx/`, where transformers.js and sentence-transformers look on a model hub),
+`experts: qmoe` (the experts of a block are one node, where all of them are symmetric integers of 4 bits: faster for
+single tokens, slower for prompts),
 `shapes: {batch_size: 1, sequence_length: 128}` (of an encoder; either axis alone, too; open axes take any size).
 """
 
@@ -48,7 +50,7 @@ DYNAMIC = "int8-dynamic"
 STATIC = "int8-static"
 ROUNDED = {STATIC: "int8-static-asym"}  # scheme -> the word for its activations
 _WORDS = (DYNAMIC, "int8-static", "int8-static-asym")  # for activations
-OPTIONS = ("profile", "layout", "include", "accuracy_level", "folder", "shapes")
+OPTIONS = ("profile", "layout", "include", "accuracy_level", "folder", "shapes", "experts")
 PORTABLE = "-portable"
 FIXABLE = ("batch_size", "sequence_length")
 _INCLUDABLE = {"embeddings": "embedding", "head": "head"}
@@ -64,7 +66,10 @@ def style_of(target: Target) -> Style:
     scheme = (target.scheme or "").removesuffix(PORTABLE)
     standard = (target.scheme or "").endswith(PORTABLE) or scheme in (DYNAMIC, STATIC)
     portable = standard or options.get("profile") == "portable"
-    return Style(portable, int(options.get("accuracy_level", 4)), scheme == DYNAMIC, half=scheme == HALF)
+    if portable and "experts" in options:
+        raise UsageError("experts: qmoe is ONNX Runtime's own operator", hint="leave `portable` out, or `experts`")
+    level, one_node = int(options.get("accuracy_level", 4)), "experts" in options
+    return Style(portable, level, scheme == DYNAMIC, half=scheme == HALF, one_node=one_node)
 
 
 def style_for(checkpoint: Checkpoint, target: Target) -> Style:
@@ -136,6 +141,7 @@ def _options(target: Target) -> Mapping[str, Any]:
         "profile": ("portable", "ort"),
         "accuracy_level": (0, 1, 4),
         "folder": ("onnx",),
+        "experts": ("qmoe",),
     }
     for key, value in target.options.items():
         if key not in (*OPTIONS, "solver"):

@@ -49,6 +49,7 @@ class Style:
         dynamic: inputs of each matrix that has one scale a row are rounded to 8 bits, token by token.
         rounded: the same, for some of them in calibrated ranges, as the checkpoint says.
         half: products and attention are computed in float16.
+        one_node: the experts of a block are one node of ONNX Runtime.
     """
 
     portable: bool = False
@@ -56,6 +57,7 @@ class Style:
     dynamic: bool = False
     rounded: bool = False
     half: bool = False
+    one_node: bool = False
 
     @property
     def integers(self) -> bool:

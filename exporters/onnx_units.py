@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -122,6 +123,11 @@ def unused_tensors(skeleton: Skeleton, checkpoint: Checkpoint) -> list[str]:
     for owner, rows in {(owner_of(checkpoint, feed.tensor), feed.rows) for feed in feeds}:
         shown[owner] = shown.get(owner, 0) + (rows[1] - rows[0] if rows else _height(checkpoint.resolve(owner)))
     needless = left_out(checkpoint)
+    for name in (
+        n for graph in skeleton.graphs.values() for stack in graph.stacks.values() for n in chain(*stack.tensors)
+    ):
+        owner = owner_of(checkpoint, name)
+        shown[owner] = _height(checkpoint.resolve(owner))
     stored = {n: w for n, w in checkpoint.weights.items() if not isinstance(w, Alias) and n not in needless}
     return [name for name, weight in stored.items() if shown.get(name, 0) < _height(weight)]
 

@@ -32,6 +32,7 @@ from tightship.exporters.onnx_candidates.skeleton import (
 )
 from tightship.exporters.onnx_schemes import PORTABLE, ROUNDED, fixed_shapes, layouts_of, style_for, style_of
 from tightship.exporters.onnx_speed import SLOW_HALF, speed_notes
+from tightship.exporters.onnx_stacks import check_experts, stack_words
 from tightship.exporters.onnx_storage import IN_FLOAT32, storage
 from tightship.exporters.onnx_units import left_out
 from tightship.layout import Layout
@@ -71,6 +72,10 @@ class OnnxExporter:
         style = style_for(checkpoint, target)
         fixed_shapes(checkpoint, target)
         needless = left_out(checkpoint)
+        stacked: Mapping[str, str] = {}
+        if style.one_node:
+            check_experts(checkpoint)
+            stacked = stack_words(checkpoint)
         tables = {name for name, info in checkpoint.infos().items() if info.rule.kind in TABLES}
         tensors = []
         for name, weight in checkpoint.weights.items():
@@ -81,7 +86,8 @@ class OnnxExporter:
                 nearest = f"nearest layouts: {', '.join(answer.nearest)}" if answer.nearest else None
                 raise Unsupported(f"ONNX cannot store this exactly: {answer.reason}", tensor=name, hint=nearest)
             word, reason = _layout_word(weight)
-            tensors.append(TensorPlan(name, name, tuple(weight.shape), word, answer.storage, answer.nbytes, reason))
+            stored = stacked.get(name, answer.storage)
+            tensors.append(TensorPlan(name, name, tuple(weight.shape), word, stored, answer.nbytes, reason))
         total = sum(t.nbytes for t in tensors)
         multiplied = speed_notes(t.storage for t in tensors if t.name not in tables)
         notes = (*_notes(tensors), *multiplied, *left_in_float32(checkpoint), *_omissions(needless))
@@ -101,7 +107,7 @@ class OnnxExporter:
             GateFailed: the bytes written are not the planned ones.
         """
         style = style_for(checkpoint, plan.target)
-        choice, skeleton = _graph(checkpoint, self.judge, fused=style.fused)
+        choice, skeleton = _graph(checkpoint, self.judge, fused=style.fused, one_node=style.one_node)
         fix_axes(skeleton.model, fixed_shapes(checkpoint, plan.target))
         cache = cache_of(skeleton)
         main = main_of(checkpoint, plan.target)
@@ -164,12 +170,14 @@ def write_companions(checkpoint: Checkpoint, directory: Path, cache: Cache | Non
         path.write_bytes(data)
 
 
-def _graph(checkpoint: Checkpoint, judge: Judge | None, *, fused: bool) -> tuple[Choice, Skeleton]:
+def _graph(
+    checkpoint: Checkpoint, judge: Judge | None, *, fused: bool, one_node: bool = False
+) -> tuple[Choice, Skeleton]:
     if judge is None:
         raise UsageError(
             "no graph source is trusted: an ONNX export needs a judge", hint="pass validators.parity.judge"
         )
-    choice = judge(candidates(fused=fused), checkpoint)
+    choice = judge(candidates(fused=fused, one_node=one_node), checkpoint)
     shapes = {name: tuple(checkpoint.resolve(name).shape) for name in checkpoint.weights}
     return choice, choice.candidate.build(checkpoint.config, checkpoint.architecture, shapes)
 

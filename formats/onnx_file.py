@@ -313,10 +313,18 @@ def _weights(model: onnx.ModelProto, held: Mapping[str, StoredTensor]) -> int:
     for node in model.graph.node:
         names = [*node.input, *[""] * 5]
         sizes = {a.name: a.i for a in node.attribute}
-        beside = {"MatMulNBits": names[2:], "DequantizeLinear": names[1:], "GatherBlockQuantized": names[2:]}
+        beside = {
+            "MatMulNBits": names[2:],
+            "DequantizeLinear": names[1:],
+            "GatherBlockQuantized": names[2:],
+            "QMoE": names[3:4] + names[6:7],
+        }
         counts.update({name: 0 for name in beside.get(node.op_type, ()) if name in held})
         if node.op_type == "MatMulNBits" and names[1] in held:
             counts[names[1]] = max(0, sizes.get("K", 0)) * max(0, sizes.get("N", 0))
+        if node.op_type == "QMoE":
+            bits = min(max(1, sizes.get("expert_weight_bits", 4)), 8)
+            counts.update({n: math.prod(held[n].shape) * 8 // bits for n in (names[2], names[5]) if n in held})
     places = {(t.location, t.offset) if t.location else name: name for name, t in reversed(list(held.items()))}
     return sum(counts[name] for name in places.values())
 

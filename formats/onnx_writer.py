@@ -15,7 +15,7 @@ Definition: ExternalData.md of ONNX.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -45,7 +45,7 @@ class Initializer:
         data_type: TensorProto.DataType number.
         shape: logical shape.
         nbytes: bytes in the file (4-bit and 2-bit types are packed, the last byte filled up with zero).
-        read: the data as one contiguous array of exactly `nbytes` bytes, any dtype.
+        read: the data as one contiguous array of exactly `nbytes` bytes, any dtype, or as several in a row.
         same_as: name of another initializer whose bytes these are; `read` is not called then.
     """
 
@@ -53,7 +53,7 @@ class Initializer:
     data_type: int
     shape: tuple[int, ...]
     nbytes: int
-    read: Callable[[], np.ndarray]
+    read: Callable[[], np.ndarray | Iterable[np.ndarray]]
     same_as: str = ""
 
     @classmethod
@@ -182,16 +182,25 @@ def _scrub_nodes(nodes: Iterable[onnx.NodeProto]) -> None:
 
 
 def _stream(item: Initializer, stream: BinaryIO) -> None:
-    data = _bytes_of(item)
-    for start in range(0, data.nbytes, _CHUNK):
-        stream.write(data[start : start + _CHUNK])
+    for data in _bytes_of(item):
+        for start in range(0, data.nbytes, _CHUNK):
+            stream.write(data[start : start + _CHUNK])
 
 
-def _bytes_of(item: Initializer) -> memoryview:
-    array = np.ascontiguousarray(item.read())
-    if array.nbytes != item.nbytes:
-        raise Malformed(f"{array.nbytes} bytes of data where {item.nbytes} were announced", tensor=item.name)
-    return array.reshape(-1).view(np.uint8).data
+def _bytes_of(item: Initializer) -> Iterator[memoryview]:
+    """The data, array by array.
+
+    Raises:
+        Malformed: they are not as many bytes as announced.
+    """
+    data = item.read()
+    found = 0
+    for part in (data,) if isinstance(data, np.ndarray) else data:
+        array = np.ascontiguousarray(part)
+        found += array.nbytes
+        yield array.reshape(-1).view(np.uint8).data
+    if found != item.nbytes:
+        raise Malformed(f"{found} bytes of data where {item.nbytes} were announced", tensor=item.name)
 
 
 def _announce(model: onnx.ModelProto, item: Initializer, owner: Initializer, offset: int | None, location: str) -> None:
@@ -201,7 +210,7 @@ def _announce(model: onnx.ModelProto, item: Initializer, owner: Initializer, off
     proto.data_type = item.data_type
     proto.dims.extend(item.shape)
     if offset is None:
-        proto.raw_data = bytes(_bytes_of(owner))
+        proto.raw_data = b"".join(_bytes_of(owner))
         return
     point_to(proto, location, offset, item.nbytes)
 

@@ -36,6 +36,7 @@ from tightship.modelview import ModelView
 from tightship.validators.parity_model import small_checkpoint
 from tightship.validators.runtimes.onnx_runtime import open_graph
 from tightship.validators.tolerances import tolerances
+from tightship.weights import Alias, Quantized
 
 Arrays = dict[str, np.ndarray]
 METRIC = "rel_l2"
@@ -95,7 +96,8 @@ class ParityJudge:
     def _judged(self, candidate: Candidate, small: Checkpoint, expected: list[Reference]) -> Judgement:
         """The verdict, remembered or found out; `expected` is filled when it is first needed."""
         versions = {name: _version(name) for name in _PACKAGES}
-        shapes = {name: list(w.shape) for name, w in small.weights.items() if hasattr(w, "shape")}
+        stored = {name: w for name, w in small.weights.items() if not isinstance(w, Alias)}
+        shapes = {name: [*w.shape, w.layout.name if isinstance(w, Quantized) else ""] for name, w in stored.items()}
         key = digest_json(
             [candidate.source, candidate.rewrites, dict(small.config), small.architecture.task, shapes, versions]
         )
@@ -148,7 +150,7 @@ def write_candidate(candidate: Candidate, small: Checkpoint, directory: Path) ->
     shapes = {name: tuple(small.resolve(name).shape) for name in small.weights}
     skeleton = candidate.build(small.config, small.architecture, shapes)
     *_, main = skeleton.graphs
-    write_graph(skeleton, small, directory, Style())
+    write_graph(skeleton, small, directory, Style(accuracy_level=0))
     return directory / main
 
 

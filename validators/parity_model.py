@@ -17,8 +17,10 @@ import numpy as np
 
 from tightship.architecture import TensorInfo
 from tightship.checkpoint import Checkpoint, Source
+from tightship.exporters import onnx_stacks
+from tightship.formats.layouts import parse_layout
 from tightship.per_layer import KEY, has_unlike_layers, shared_config
-from tightship.weights import Alias, Dense, Weight
+from tightship.weights import Alias, Dense, Quantized, Weight
 
 HIDDEN, HEADS, HEAD_DIM, FFN, VOCABULARY = 64, 4, 16, 96, 211
 LATENT = {"q_rank": 24, "kv_rank": 32, "nope_dim": 16, "rope_dim": 8, "v_dim": 12}  # none is another, or half of it
@@ -28,6 +30,7 @@ ORIGINAL_CONTEXT = 16
 BUCKETED = 24
 ATTENTION_CAP, LOGIT_CAP = 3.0, 4.0
 EXPERTS = 4
+EXPERT_LAYOUT = parse_layout("int4-g16")  # the only groups that all sizes here are multiples of
 MOST_LAYERS = 8
 _TOKENS = {"bos_token_id": 2, "eos_token_id": 3}
 _LONGROPE = ("short_factor", "long_factor")
@@ -47,7 +50,14 @@ def small_checkpoint(real: Checkpoint, seed: int = 0) -> Checkpoint:
                 weights[info.name] = Alias(stored_ties[info.name])
             continue
         weights[info.name] = Dense.of(random_tensor(info, rng))
-    return Checkpoint(real.name, config, weights, {}, real.architecture, Source("parity", None, ()))
+    small = Checkpoint(real.name, config, weights, {}, real.architecture, Source("parity", None, ()))
+    return small.with_weights(in_integers(small)) if onnx_stacks.fits(real) else small
+
+
+def in_integers(small: Checkpoint) -> dict[str, Weight]:
+    """The experts rounded, as those are that QMoE may multiply with: it takes no floats."""
+    values = {name: small.resolve(name).value() for name in onnx_stacks.experts_of(small)}
+    return {name: Quantized.of(EXPERT_LAYOUT, EXPERT_LAYOUT.quantize(value)) for name, value in values.items()}
 
 
 def random_tensor(info: TensorInfo, rng: np.random.Generator) -> np.ndarray:

@@ -12,6 +12,7 @@ identity in ONNX Runtime (a lookup is fed every index): what comes out is the ma
 | the same behind a lookup                    | GatherBlockQuantized, or Gathers and DequantizeLinear   |
 | NAME.lookup.codes, ...                      | the same bytes, two 4-bit codes to a UINT8              |
 | NAME.rows{a}-{b}*                           | rows a to b of the weight                               |
+| a name with braces                          | a stack of experts, see onnx_stacks.py                  |
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tightship.errors import Malformed
 from tightship.exporters.onnx_candidates.skeleton import graph_files
 from tightship.validators.integers import Piece
 from tightship.validators.onnx_probe import OnnxGraph, unpack_bits
+from tightship.validators.onnx_stacks import Stacks
 
 if TYPE_CHECKING:
     import onnx
@@ -66,7 +68,7 @@ class OnnxStored:
         return self._holding(name, part)[0].integers(name, part)
 
     def _holding(self, name: str, part: str) -> list[_StoredGraph]:
-        found = [graph for graph in self.graphs if graph.runs(name, part)]
+        found = [graph for graph in self.graphs if graph.holds(name, part)]
         if not found:
             files = " and ".join(graph.graph.path.name for graph in self.graphs)
             raise Malformed(f"{files} have no initializer of {name}{part}", tensor=name)
@@ -79,11 +81,17 @@ class _StoredGraph:
     def __init__(self, checkpoint: Checkpoint, path: Path) -> None:
         self.checkpoint = checkpoint
         self.graph = OnnxGraph(path)
+        self.stacks = Stacks(self.graph)
+
+    def holds(self, name: str, part: str) -> bool:
+        return name in self.stacks.places or bool(self.runs(name, part))
 
     def listing(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         return {name: (self.graph.type_word(t), tuple(t.dims)) for name, t in self.graph.initializers.items()}
 
     def value(self, name: str, part: str = "") -> np.ndarray:
+        if name in self.stacks.places:
+            return self.stacks.value(name)
         shape = self._shape(name, part)
         found: dict[str, list[tuple[Rows, np.ndarray]]] = defaultdict(list)
         for rows, operands in self.runs(name, part).items():
@@ -100,6 +108,8 @@ class _StoredGraph:
 
     def integers(self, name: str, part: str = "") -> Iterator[Piece] | None:
         """None for floats."""
+        if name in self.stacks.places:
+            return iter([self.stacks.integers(name)])
         runs = sorted(self.runs(name, part).items(), key=lambda item: item[0] or (0, 0))
         if "data" in runs[0][1]:
             return None

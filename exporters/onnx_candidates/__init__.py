@@ -8,12 +8,18 @@ from __future__ import annotations
 from tightship.exporters.onnx_candidates.skeleton import Candidate
 
 
-def candidates(*, fused: bool = False) -> tuple[Candidate, ...]:
-    """Every graph source, in the order in which they are tried; `fused` puts graphs for ONNX Runtime alone first."""
+def candidates(*, fused: bool = False, one_node: bool = False) -> tuple[Candidate, ...]:
+    """Every graph source, in the order in which they are tried; `fused` puts graphs for ONNX Runtime alone first.
+
+    With `one_node`, those alone whose experts are one node a block.
+    """
     from tightship.exporters.onnx_candidates.capture import CaptureCandidate
     from tightship.exporters.onnx_candidates.direct import DirectCandidate
     from tightship.exporters.onnx_candidates.fused import FusedCandidate
     from tightship.exporters.onnx_candidates.mobius_graphs import MobiusCandidate
 
+    if one_node:
+        direct = DirectCandidate(one_node=True)
+        return (FusedCandidate(direct), direct)
     first = (FusedCandidate(DirectCandidate()),) if fused else ()
     return (*first, DirectCandidate(), MobiusCandidate(), CaptureCandidate())

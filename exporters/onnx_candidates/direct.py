@@ -25,10 +25,18 @@ from tightship.exporters.onnx_candidates.vision import vision
 
 
 class DirectCandidate:
-    """Our own construction: milliseconds, no tracing."""
+    """Our own construction: milliseconds, no tracing. With `one_node`, experts are left to ONNX Runtime's QMoE."""
 
-    source = f"tightship {__version__} blocks, opset {OPSET}"
-    rewrites = ()
+    def __init__(self, *, one_node: bool = False) -> None:
+        self.one_node = one_node
+
+    @property
+    def source(self) -> str:
+        return f"tightship {__version__} blocks, opset {OPSET}{', experts in QMoE' if self.one_node else ''}"
+
+    @property
+    def rewrites(self) -> tuple[str, ...]:
+        return ("QMoE",) if self.one_node else ()
 
     def build(
         self, config: Mapping[str, Any], architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]
@@ -43,7 +51,7 @@ class DirectCandidate:
                 raise Unsupported(f"{architecture.family} with {key} = {config[key]!r} is not written down here: {why}")
         if two:
             return _two_graphs(*(Network(config, architecture, shapes, family, stack) for stack in ("enc", "dec")))
-        net = Network(config, architecture, shapes, family)
+        net = Network(config, architecture, shapes, family, one_node=self.one_node)
         writer = vision if architecture.task == IMAGES else encoder if family.encoder else decoder
         writer(net)
         return net.skeleton()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tightship.exporters.onnx_candidates.network import Network
+from tightship.exporters.onnx_candidates.one_node import in_one_node
 from tightship.exporters.onnx_candidates.routing import shares
 from tightship.exporters.onnx_candidates.skeleton import BATCH, SEQUENCE
 
@@ -34,14 +35,17 @@ def mlp(net: Network, block: int, x: ir.Value, suffix: str = "", expert: int | N
 
 
 def experts(net: Network, block: int, x: ir.Value) -> ir.Value:
-    """Each expert computes the tokens that chose it, and no others; what it gives is added at their places.
-
-    QMoE of ONNX Runtime is no candidate beside it: its CPU kernel rounds what 8-bit experts are given at every accuracy
-    level, so nothing exact could be proven of it, and with 4 bits it is faster for single tokens only
-    (`benchmarks/qmoe.py`).
-    """
+    """What the chosen experts give, and the shared one if there is one."""
     flat = net.shaped(net.op("Reshape", x, net.integers(-1, net.width)), (None, net.width))
     counts = shares(net, block, flat)
+    total = in_one_node(net, block, flat, counts) if net.one_node else _each_expert(net, block, flat, counts)
+    if net.has(block, "ffn_up_shexp"):
+        total = net.op("Add", total, _shared(net, block, flat))
+    return net.shaped(net.op("Reshape", total, net.op("Shape", x)), (BATCH, SEQUENCE, net.width))
+
+
+def _each_expert(net: Network, block: int, flat: ir.Value, counts: ir.Value) -> ir.Value:
+    """Each expert computes the tokens that chose it, and no others; what it gives is added at their places."""
     total = net.op("Mul", flat, net.number(0.0))
     for expert in range(int(net.hyper["experts"])):
         share = net.op("Gather", counts, net.integers(expert), axis=1)
@@ -51,9 +55,7 @@ def experts(net: Network, block: int, x: ir.Value) -> ir.Value:
         y = _of_stack(net, block, chosen, expert) if stacked else mlp(net, block, chosen, "_exps", expert)
         found = net.op("Mul", y, net.op("GatherND", share, places))
         total = net.op("ScatterND", total, places, found, reduction="add")
-    if net.has(block, "ffn_up_shexp"):
-        total = net.op("Add", total, _shared(net, block, flat))
-    return net.shaped(net.op("Reshape", total, net.op("Shape", x)), (BATCH, SEQUENCE, net.width))
+    return total
 
 
 def _of_stack(net: Network, block: int, x: ir.Value, expert: int) -> ir.Value:

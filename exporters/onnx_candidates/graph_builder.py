@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tightship.exporters.onnx_candidates.graph_edits import OPSET
-from tightship.exporters.onnx_candidates.skeleton import Feed, Skeleton
+from tightship.exporters.onnx_candidates.skeleton import Feed, Skeleton, Stack
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -29,6 +29,7 @@ class GraphBuilder:
     def __init__(self, prefix: str = "") -> None:
         self.prefix = prefix
         self.feeds: dict[str, Feed] = {}
+        self.stacks: dict[str, Stack] = {}
         self._values: dict[str, ir.Value] = {}
         self._nodes: list[ir.Node] = []
         self._inputs: list[ir.Value] = []
@@ -52,11 +53,13 @@ class GraphBuilder:
         """The output of a node."""
         return self.ops(kind, *inputs, **attributes)[0]
 
-    def ops(self, kind: str, *inputs: ir.Value | None, outputs: int = 1, **attributes: Any) -> Sequence[ir.Value]:
+    def ops(
+        self, kind: str, *inputs: ir.Value | None, outputs: int = 1, domain: str = "", **attributes: Any
+    ) -> Sequence[ir.Value]:
         """All outputs of a node; shapes are noted where they follow from the first input."""
         import onnx_ir as ir
 
-        node = ir.node(kind, list(inputs), attributes, num_outputs=outputs)
+        node = ir.node(kind, list(inputs), attributes, domain=domain, num_outputs=outputs)
         node.name = f"{self.prefix}{kind}_{len(self._nodes)}"
         for index, value in enumerate(node.outputs):
             value.name = node.name if not index else f"{node.name}.{index}"
@@ -120,17 +123,27 @@ class GraphBuilder:
         self.feeds[name] = feed
         return self._values.get(name) or self._value(name, shape, FLOAT)
 
+    def stack(self, name: str, stack: Stack) -> ir.Value:
+        """An initializer made of several of the checkpoint's; type and shape follow from what is stored."""
+        import onnx_ir as ir
+
+        self.stacks[name] = stack
+        self._values[name] = ir.Value(name=name)
+        return self._values[name]
+
     def graph(self, name: str) -> ir.Graph:
         """The finished graph."""
         import onnx_ir as ir
 
-        initializers = [v for n, v in self._values.items() if n in self.feeds or v.const_value is not None]
+        made = {*self.feeds, *self.stacks}
+        initializers = [v for n, v in self._values.items() if n in made or v.const_value is not None]
+        domains = dict.fromkeys(sorted({node.domain for node in self._nodes if node.domain}), 1)
         return ir.Graph(
             self._inputs,
             self._outputs,
             nodes=self._nodes,
             initializers=initializers,
-            opset_imports={"": OPSET},
+            opset_imports={"": OPSET, **domains},
             name=name,
         )
 
@@ -138,7 +151,7 @@ class GraphBuilder:
         """The finished graph with what its initializers hold."""
         import onnx_ir as ir
 
-        return Skeleton(ir.Model(self.graph("main"), ir_version=10), self.feeds)
+        return Skeleton(ir.Model(self.graph("main"), ir_version=10), self.feeds, self.stacks)
 
     def _value(self, name: str, axes: Sequence[int | str | None], kind: int) -> ir.Value:
         import onnx_ir as ir

@@ -31,6 +31,7 @@ class Network(GraphBuilder):
         shapes: of the stored tensors, matrices (out, in).
         family: what it does that Llama does not.
         stack: of a model with two: `enc` or `dec`. Roles and hyper-parameters of that stack go by their bare names.
+        one_node: all experts of a block are one node of ONNX Runtime, on their integers.
     """
 
     def __init__(
@@ -40,8 +41,11 @@ class Network(GraphBuilder):
         shapes: Mapping[str, tuple[int, ...]],
         family: Family,
         stack: str | None = None,
+        *,
+        one_node: bool = False,
     ) -> None:
         super().__init__()
+        self.one_node = one_node
         self.config = config
         self.architecture = architecture
         self.shapes = shapes
@@ -166,6 +170,13 @@ class Network(GraphBuilder):
         y = self.op("MatMul", x, matrix)
         bias = self._names[block, role, None].get("bias")
         return y if bias is None else self.op("Add", y, self._stored(bias, rows))
+
+    def matrices(self, block: int, roles: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+        """On-disk names of the experts' matrices of these roles, expert by expert; they have no biases."""
+        experts = range(int(self.hyper["experts"]))
+        if any("bias" in self._names.get((block, role, expert), {}) for role in roles for expert in experts):
+            raise Unsupported(f"the experts of block {block} have biases")
+        return tuple(tuple(self._name(block, role, "weight", expert) for role in roles) for expert in experts)
 
     def heads_first(self, x: ir.Value, heads: int, size: int = -1) -> ir.Value:
         """(batch, sequence, heads * size) to (batch, heads, sequence, size); a sequence of 0 needs the size."""

@@ -38,7 +38,7 @@ The decoder of two graphs (sequence to sequence); its past has `.decoder` and `.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -83,9 +83,22 @@ class Feed:
     transpose: bool = False
 
 
+@dataclass(frozen=True)
+class Stack:
+    """An initializer made of the integers of several stored matrices.
+
+    Attributes:
+        tensors: of each expert, the on-disk names of those matrices (out, in) whose rows take turns.
+        operand: of theirs in MatMulNBits: `B` or `scales`.
+    """
+
+    tensors: tuple[tuple[str, ...], ...]
+    operand: str
+
+
 @dataclass
 class Skeleton:
-    """A float32 graph whose weights are initializers without data; `feeds` says what each of them is.
+    """A float32 graph whose weights are initializers without data; `feeds` and `stacks` say what each of them is.
 
     Initializers with data (shape constants, rotary tables) are the graph's own. `encoder` is the graph that runs before
     this one, in models of two.
@@ -93,6 +106,7 @@ class Skeleton:
 
     model: ir.Model
     feeds: dict[str, Feed]
+    stacks: dict[str, Stack] = field(default_factory=dict)
     encoder: Skeleton | None = None
 
     @property

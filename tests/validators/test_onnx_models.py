@@ -89,6 +89,26 @@ def test_forty_model_types_and_the_ones_that_others_get_wrong() -> None:
     assert {"mistral", "gemma3_text", "opt", "bloom", "falcon", "distilbert", "longformer", "mixtral"} <= types
 
 
+ROUTED = (
+    "MixtralForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "DeepseekV2ForCausalLM",
+    "Glm4MoeForCausalLM",
+    "MiniMaxM2ForCausalLM",
+)
+
+
+@pytest.mark.parametrize("kind", ROUTED)
+def test_experts_in_one_node_take_every_way_of_routing(kind: str) -> None:
+    """Softmax before and behind the choice, shared experts, groups, biased sigmoids: 4-bit experts in QMoE."""
+    model = next(m for m in MODELS if m.kind == kind)
+    floats = parity_model.small_checkpoint(TOOL.outline(model))
+    small = floats.with_weights(parity_model.in_integers(floats))
+    found = parity.judge_candidate(DirectCandidate(one_node=True), small, parity.references(small))
+    assert found.passed, found.reason
+    assert 0 < found.margin <= LIMIT
+
+
 def padded(lengths: list[int], *, left: bool) -> dict[str, np.ndarray]:
     """Prompts padded to PROMPT, then STEPS tokens for every row; positions count real tokens."""
     mask = np.ones((len(lengths), PROMPT + STEPS), np.int64)

@@ -4,7 +4,7 @@ Job: `artifact` (directory), `main` (file name), `mode`, `threads`, `want`:
 
 | mode    | session                                                                                                  |
 |---------|----------------------------------------------------------------------------------------------------------|
-| graph   | every optimisation off, MatMulNBits at accuracy level 0 (float32 accumulation), activations never rounded |
+| graph   | every optimisation off, products at accuracy level 0 (float32 accumulation), activations never rounded   |
 | shipped | the defaults of ONNX Runtime, attributes as stored                                                       |
 
 | want    | computed                                                                                                 |
@@ -48,6 +48,7 @@ _TYPES: dict[str, np.dtype] = {
 }
 _ZERO_UNLESS_GIVEN = ("token_type_ids", "global_attention_mask")
 _ROWS_AT_ONCE = 8
+_LEVELLED = ("MatMulNBits", "QMoE")
 _ROUNDING = ("DynamicQuantizeLinear", "QuantizeLinear")
 
 
@@ -112,7 +113,8 @@ def open_session(path: Path, mode: str, threads: int = 1, *, mapped: bool = Fals
 def in_float32(path: Path) -> bytes:
     """The graph, its weights left outside, with activations in float32.
 
-    MatMulNBits is told so by its attribute; what comes back from (Dynamic)QuantizeLinear is replaced by what went in.
+    MatMulNBits and QMoE are told so by their attribute; what comes back from (Dynamic)QuantizeLinear is replaced by
+    what went in.
     """
     import onnx
 
@@ -123,7 +125,7 @@ def in_float32(path: Path) -> bytes:
         if node.op_type != "DequantizeLinear":
             node.input[:] = [plain.get(name, name) for name in node.input]
     for node in model.graph.node:
-        if node.op_type == "MatMulNBits":
+        if node.op_type in _LEVELLED:
             kept = [a for a in node.attribute if a.name != "accuracy_level"]
             del node.attribute[:]
             node.attribute.extend([*kept, onnx.helper.make_attribute("accuracy_level", FLOAT32_LEVEL)])
