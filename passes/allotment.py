@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tightship.blocks import walk_blocks
 from tightship.checkpoint import Checkpoint
-from tightship.modelview import ModelView
 from tightship.passes.base import Run
-from tightship.passes.calibration import MomentSums, calibration_windows
+from tightship.passes.calibration import calibration_windows
 from tightship.passes.masks import finite
+from tightship.passes.observed import observed_blocks
 from tightship.passes.schedules import SPREAD, Layer, zeros_per_layer
 from tightship.passes.silence import silenced
 from tightship.passes.spaces import Space
@@ -38,13 +37,10 @@ def allotted(
     alone = StandIns(checkpoint, windows, run)
     readers = {info.name: (info, space) for space in spaces for info in space.readers(checkpoint)}
     curves: dict[str, list[np.ndarray]] = {space.name: [] for space in spaces}
-    for step in walk_blocks(ModelView(checkpoint, threads=run.threads, device=run.device), windows):
-        run.progress("cost of units", step.index, int(checkpoint.hyper["layers"]))
-        sums = MomentSums(full=True)
-        step.observe(sums)
-        for name in [name for name in step.linears if name in readers]:
+    for step, known in observed_blocks(checkpoint, run, "cost of units", readers, windows=windows):
+        for name, moments in known.items():
             info, space = readers[name]
-            w, second = finite(name, step.read(name)), sums.of(name, info.shape[1]).second
+            w, second = finite(name, step.read(name)), moments.second
             quiet = functools.partial(silenced, w, second, space.columns(info, checkpoint.hyper), damp=spec.damp)
             hurt = functools.partial(_hurt, alone, name, quiet)
             costs = step_costs(hurt, space.units, counts[space.name], space.step(spec.multiple))

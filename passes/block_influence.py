@@ -8,11 +8,9 @@ arXiv:2403.03853, equation 1.
 
 from __future__ import annotations
 
-from tightship.blocks import walk_blocks
 from tightship.checkpoint import Checkpoint
-from tightship.modelview import ModelView
 from tightship.passes.base import Run
-from tightship.passes.calibration import calibration_windows
+from tightship.passes.observed import passed_blocks
 
 
 def block_influences(checkpoint: Checkpoint, run: Run) -> list[float]:
@@ -23,11 +21,8 @@ def block_influences(checkpoint: Checkpoint, run: Run) -> list[float]:
     """
     import torch
 
-    windows = calibration_windows(checkpoint, run)
-    view = ModelView(checkpoint, threads=run.threads, device=run.device)
     found = []
-    for step in walk_blocks(view, windows):
-        run.progress("block influence", step.index, int(checkpoint.hyper["layers"]))
+    for step in passed_blocks(checkpoint, run, "block influence"):
         total, tokens = 0.0, 0
         for entering, leaving in step.passages():
             cosines = torch.nn.functional.cosine_similarity(entering.double(), leaving.double(), dim=-1)

@@ -11,16 +11,17 @@ cosine, both weighted by saliency (Li et al., arXiv:2310.01334, without aligning
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from tightship.architecture import TensorInfo
-from tightship.blocks import BlockStep, walk_blocks
+from tightship.blocks import BlockStep
 from tightship.checkpoint import Checkpoint
-from tightship.modelview import ModelView
 from tightship.passes.base import Run
-from tightship.passes.calibration import MomentSums, calibration_windows
+from tightship.passes.calibration import Moments
+from tightship.passes.observed import observed_blocks
 from tightship.passes.structure import Kept, cut, resized, runs_through
 from tightship.weights import Dense, Weight
 
@@ -55,27 +56,24 @@ class RoutingWeights:
 def saliencies(checkpoint: Checkpoint, run: Run) -> list[np.ndarray]:
     """(experts,) float64 of every block."""
     found = []
-    view = ModelView(checkpoint, threads=run.threads, device=run.device)
-    for step in walk_blocks(view, calibration_windows(checkpoint, run)):
-        run.progress("router statistics", step.index, int(checkpoint.hyper["layers"]))
-        found.append(_of_block(checkpoint, step))
+    outputs = {info.name for info in checkpoint.linears() if _puts_out(info)}
+    for step, known in observed_blocks(checkpoint, run, "router statistics", outputs):
+        found.append(_of_block(checkpoint, step, known))
         figures = {f"expert {e}": float(value) for e, value in enumerate(found[-1])}
         run.report(f"router of block {step.index}", figures)
     return found
 
 
-def _of_block(checkpoint: Checkpoint, step: BlockStep) -> np.ndarray:
+def _of_block(checkpoint: Checkpoint, step: BlockStep, known: Mapping[str, Moments]) -> np.ndarray:
     router = router_of(checkpoint, step.index)
     rows = checkpoint.resolve(router.name).value()
     used = int(checkpoint.hyper["experts_used"])
     weights = RoutingWeights(router.name, rows, used, renormalized=renormalizes(checkpoint))
-    sums = MomentSums(full=True)
-    step.observe(sums)
     step.observe_routers(weights)
-    norms = np.zeros(len(rows))
-    for info in last_linears(checkpoint, step.index):
-        w = step.read(info.name).astype(np.float64)
-        norms[int(info.expert or 0)] = np.sqrt(np.einsum("ij,jk,ik->", w, sums.of(info.name, w.shape[1]).second, w))
+    norms, infos = np.zeros(len(rows)), checkpoint.infos()
+    for name, moments in known.items():
+        w = step.read(name).astype(np.float64)
+        norms[int(infos[name].expert or 0)] = np.sqrt(np.einsum("ij,jk,ik->", w, moments.second, w))
     return weights.total * norms
 
 
@@ -90,10 +88,10 @@ def router_of(checkpoint: Checkpoint, block: int) -> TensorInfo:
     return next(i for i in checkpoint.infos().values() if i.block == block and runs_through(i.rule.shape[0], "experts"))
 
 
-def last_linears(checkpoint: Checkpoint, block: int) -> list[TensorInfo]:
-    """Of each expert of a block the linear that puts out its result."""
-    mine = [i for i in checkpoint.linears() if i.block == block and i.expert is not None]
-    return [i for i in mine if runs_through(i.rule.shape[0], "hidden") and not runs_through(i.rule.shape[-1], "hidden")]
+def _puts_out(info: TensorInfo) -> bool:
+    """Whether it is the linear that puts out an expert's result."""
+    written, read = info.rule.shape[0], info.rule.shape[-1]
+    return info.expert is not None and runs_through(written, "hidden") and not runs_through(read, "hidden")
 
 
 def with_fewer_experts(checkpoint: Checkpoint, keep: int, run: Run, *, merge: bool) -> Checkpoint:

@@ -15,13 +15,12 @@ from typing import ClassVar
 import numpy as np
 
 from tightship.architecture import TensorInfo
-from tightship.blocks import walk_blocks
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Malformed, Unsupported, UsageError
 from tightship.formats.imatrix import Entry, Imatrix, imatrix_bytes, read_imatrix
-from tightship.modelview import ModelView
 from tightship.passes.base import Needs, Pass, Run
-from tightship.passes.calibration import Moments, MomentSums, calibration_windows
+from tightship.passes.calibration import Moments, calibration_windows
+from tightship.passes.observed import observed_blocks
 
 FILE = "imatrix.gguf"
 
@@ -42,12 +41,9 @@ class MeasureImportance(Pass):
     def apply(self, checkpoint: Checkpoint, run: Run) -> Checkpoint:
         windows = calibration_windows(checkpoint, run)
         moments: dict[str, Moments] = {}
-        blocks = int(checkpoint.hyper["layers"])
-        for step in walk_blocks(ModelView(checkpoint, threads=run.threads, device=run.device), windows):
-            run.progress("importance", step.index, blocks)
-            sums = MomentSums(full=False)
-            step.observe(sums)
-            moments |= {name: sums.of(name, checkpoint.resolve(name).shape[1]) for name in step.linears}
+        names = {info.name for info in checkpoint.linears()}
+        for _, known in observed_blocks(checkpoint, run, "importance", names, windows=windows, full=False):
+            moments |= known
         found = Imatrix(gathered(checkpoint, moments), ("calibration",), len(windows), run.sequence)
         return checkpoint.replace(files={**checkpoint.files, FILE: imatrix_bytes(found)})
 

@@ -21,16 +21,15 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from tightship.blocks import walk_blocks
 from tightship.checkpoint import Checkpoint
 from tightship.dtypes import BY_NAME, dtype
 from tightship.errors import Unsupported, UsageError
-from tightship.modelview import ModelView
 from tightship.passes.base import Needs, Pass, Run
-from tightship.passes.calibration import Figures, Moments, MomentSums, calibration_windows, solve_blocks
+from tightship.passes.calibration import Figures, Moments, calibration_windows, solve_blocks
 from tightship.passes.factorize import Metric, Spectrum, by_channel, by_row, most_useful, spectrum, whitening
 from tightship.passes.kept import kept
 from tightship.passes.masks import finite
+from tightship.passes.observed import observed_blocks
 from tightship.passes.rank_shares import Found, Sizes, by_energy, by_loss
 from tightship.passes.stand_ins import StandIns
 from tightship.weights import Alias, Dense, Factored, Stored
@@ -139,14 +138,9 @@ class LowRank(Pass):
         self, checkpoint: Checkpoint, matrices: Mapping[str, Dense], run: Run
     ) -> Iterator[tuple[str, Spectrum]]:
         """Every matrix of the untouched model, decomposed."""
-        view = ModelView(checkpoint, threads=run.threads, device=run.device)
-        for step in walk_blocks(view, calibration_windows(checkpoint, run)):
-            run.progress("survey of blocks", step.index, int(checkpoint.hyper["layers"]))
-            sums = MomentSums(full=self._full)
-            step.observe(sums)
-            for name in [name for name in step.linears if name in matrices]:
-                w = finite(name, matrices[name].value())
-                yield name, spectrum(w, self._metric(sums.of(name, w.shape[1])), run.device)
+        for _, known in observed_blocks(checkpoint, run, "survey of blocks", matrices, full=self._full):
+            for name, moments in known.items():
+                yield name, spectrum(finite(name, matrices[name].value()), self._metric(moments), run.device)
 
     def _ranks(
         self,

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tightship.blocks import walk_blocks
 from tightship.checkpoint import Checkpoint
-from tightship.modelview import ModelView
 from tightship.passes.base import Run
-from tightship.passes.calibration import Moments, MomentSums, calibration_windows
+from tightship.passes.calibration import Moments, calibration_windows
 from tightship.passes.masks import finite
+from tightship.passes.observed import observed_blocks
 from tightship.passes.schedules import CEILING
 from tightship.passes.stand_ins import StandIns
 
@@ -72,10 +71,6 @@ def search(
 def all_moments(checkpoint: Checkpoint, run: Run, names: set[str], windows: Sequence[np.ndarray]) -> dict[str, Moments]:
     """What reaches each matrix in the model as it is."""
     found: dict[str, Moments] = {}
-    for step in walk_blocks(ModelView(checkpoint, threads=run.threads, device=run.device), windows):
-        sums = MomentSums(full=True)
-        step.observe(sums)
-        for name in step.linears:
-            if name in names:
-                found[name] = sums.of(name, checkpoint.resolve(name).shape[1])
+    for _, known in observed_blocks(checkpoint, run, "moments of blocks", names, windows=windows):
+        found |= known
     return found

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tightship.blocks import walk_blocks
 from tightship.checkpoint import Checkpoint
-from tightship.modelview import ModelView
 from tightship.passes.base import Run
-from tightship.passes.calibration import Moments, MomentSums, calibration_windows
+from tightship.passes.calibration import Moments, calibration_windows
 from tightship.passes.hessian import loss
 from tightship.passes.masks import finite, lowest_of_all
+from tightship.passes.observed import observed_blocks
 from tightship.passes.schedules import Layer
 from tightship.passes.stand_ins import StandIns
 
@@ -39,15 +38,10 @@ def survey(method: CalibratedPrune, spec: Prune, checkpoint: Checkpoint, run: Ru
     tensors = spec.tensors(checkpoint)
     alone = StandIns(checkpoint, windows, run) if ablates(spec) else None
     layers: dict[str, Layer] = {}
-    for step in walk_blocks(ModelView(checkpoint, threads=run.threads, device=run.device), windows):
-        run.progress("survey of blocks", step.index, int(checkpoint.hyper["layers"]))
-        names = [name for name in step.linears if name in tensors]
-        sums = MomentSums(full=True)
-        step.observe(sums)
+    for step, known in observed_blocks(checkpoint, run, "survey of blocks", tensors, windows=windows):
         found = {}
-        for name in names:
+        for name, moments in known.items():
             w = finite(name, step.read(name))
-            moments = sums.of(name, w.shape[1])
             hurt = None
             if alone is not None:
                 zeros = round((spec.sparsity or 0.0) * w.size)
@@ -62,14 +56,9 @@ def survey(method: CalibratedPrune, spec: Prune, checkpoint: Checkpoint, run: Ru
 def global_counts(method: CalibratedPrune, spec: Prune, checkpoint: Checkpoint, run: Run) -> dict[str, int]:
     """How many of the lowest costs of all matrices together each one has. All costs are in memory, float32."""
     tensors, costs = spec.tensors(checkpoint), dict[str, np.ndarray]()
-    view = ModelView(checkpoint, threads=run.threads, device=run.device)
-    for step in walk_blocks(view, calibration_windows(checkpoint, run)):
-        run.progress("costs of weights", step.index, int(checkpoint.hyper["layers"]))
-        sums = MomentSums(full=True)
-        step.observe(sums)
-        for name in [name for name in step.linears if name in tensors]:
-            w = finite(name, step.read(name))
-            costs[name] = method.costs(spec, w, sums.of(name, w.shape[1])).astype(np.float32)
+    for step, known in observed_blocks(checkpoint, run, "costs of weights", tensors):
+        for name, moments in known.items():
+            costs[name] = method.costs(spec, finite(name, step.read(name)), moments).astype(np.float32)
     return {name: int(mask.sum()) for name, mask in lowest_of_all(costs, spec.sparsity or 0.0).items()}
 
 

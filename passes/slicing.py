@@ -17,13 +17,11 @@ from collections.abc import Callable
 import numpy as np
 
 from tightship.architecture import TensorInfo
-from tightship.blocks import walk_blocks
 from tightship.checkpoint import Checkpoint
 from tightship.dtypes import dtype
 from tightship.errors import Unsupported
-from tightship.modelview import ModelView
 from tightship.passes.base import Run
-from tightship.passes.calibration import calibration_windows
+from tightship.passes.observed import passed_blocks
 from tightship.passes.structure import resized, runs_through
 from tightship.weights import Alias, Dense, Stored, Weight
 
@@ -35,9 +33,7 @@ def principal_directions(checkpoint: Checkpoint, run: Run) -> tuple[np.ndarray, 
     """
     hidden = int(checkpoint.hyper["hidden"])
     total = np.zeros((hidden, hidden))
-    view = ModelView(checkpoint, threads=run.threads, device=run.device)
-    for step in walk_blocks(view, calibration_windows(checkpoint, run)):
-        run.progress("principal directions", step.index, int(checkpoint.hyper["layers"]))
+    for step in passed_blocks(checkpoint, run, "principal directions"):
         for entering, leaving in step.passages():
             for states in (entering, leaving) if step.index == 0 else (leaving,):
                 rows = states.reshape(-1, hidden).double().cpu().numpy()

@@ -25,17 +25,17 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from tightship.blocks import BlockStep, walk_blocks
+from tightship.blocks import BlockStep
 from tightship.checkpoint import Checkpoint
 from tightship.durable import write_file
 from tightship.errors import Unsupported, UsageError
 from tightship.formats.layouts import parse_layout
 from tightship.layout import Layout
-from tightship.modelview import ModelView
 from tightship.passes.base import Needs, Pass, Run
-from tightship.passes.calibration import Figures, Moments, MomentSums, calibration_windows
+from tightship.passes.calibration import Figures, Moments, MomentSums
 from tightship.passes.folding import Factors, Fold, folds_of
 from tightship.passes.hessian import loss
+from tightship.passes.observed import passed_blocks
 
 _SMALLEST = 1e-5  # of a scale, as in SmoothQuant's own code: a channel that never speaks stays finite
 
@@ -73,17 +73,13 @@ class Smooth(Pass):
         return self._factors(checkpoint, ones).applied(checkpoint)
 
     def apply(self, checkpoint: Checkpoint, run: Run) -> Checkpoint:
-        view = ModelView(checkpoint, threads=run.threads, device=run.device)
-        blocks = int(checkpoint.hyper["layers"])
         scales: dict[str, np.ndarray] = {}
-        for step in walk_blocks(view, calibration_windows(checkpoint, run)):
-            run.progress("smoothed blocks", step.index, blocks)
+        for step in passed_blocks(checkpoint, run, "smoothed blocks"):
             folds = [fold for fold in self._folds(checkpoint) if fold.block == step.index]
             kept = _Kept(run.scratch, step.index)
             for name, (scale, figures) in (kept.load() or kept.save(self._solve(step, folds))).items():
                 scales[name] = scale
                 run.report(name, figures)
-        run.progress("smoothed blocks", blocks, blocks)
         return self._factors(checkpoint, scales).applied(checkpoint)
 
     def _folds(self, checkpoint: Checkpoint) -> list[Fold]:

@@ -70,8 +70,14 @@ def _arrays(arch: str, metadata: Mapping[str, Any]) -> dict[str, list[int]]:
         if isinstance(value, list | np.ndarray):
             found[width] = _numbers(key, value, metadata.get(f"{arch}.block_count"), _WITHOUT[width])
         elif width == "kv_heads" and "heads" in found:
-            found[width] = [value] * len(found["heads"])
+            found[width] = [_number(key, value)] * len(found["heads"])
     return found
+
+
+def _number(key: str, value: Any) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise Malformed(f"{key} is {value!r}, not a positive number")
+    return value
 
 
 def _numbers(key: str, value: Any, layers: Any, without: str) -> list[int]:
@@ -93,8 +99,8 @@ def _numbers(key: str, value: Any, layers: Any, without: str) -> list[int]:
 
 def _check_groups(arch: str, metadata: Mapping[str, Any], widths: Mapping[str, list[int]]) -> None:
     """Every block's heads are a multiple of its key heads."""
-    blocks = max(map(len, widths.values()), default=0)
-    heads, groups = (widths.get(w) or [metadata.get(f"{arch}.{_KEYS[w]}")] * blocks for w in ("heads", "kv_heads"))
+    key, groups = f"{arch}.{_KEYS['heads']}", widths.get("kv_heads", [])
+    heads = widths.get("heads") or [_number(key, metadata.get(key)) for _ in groups]
     for block, (whole, part) in enumerate(zip(heads, groups, strict=True)):
-        if isinstance(whole, int) and isinstance(part, int) and part and whole % part:
+        if whole % part:
             raise Malformed(f"{arch}: the {whole} heads of block {block} are no multiple of its {part} key heads")

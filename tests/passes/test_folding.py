@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,14 +149,12 @@ def test_a_rotation_is_orthogonal_and_spreads(size: int, kind: Any, keeps_mean: 
 @pytest.mark.parametrize("name", ["llama-tied", "mixtral", "bloom", "gemma", "phi3"])
 @pytest.mark.parametrize("method", ["awq", "smoothquant"])
 def test_smoothing_changes_nothing_before_rounding(
-    models: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch, name: str, method: Any
+    models: Callable[[str], Checkpoint], calibrated: Run, name: str, method: Any
 ) -> None:
     checkpoint = models(name)
-    windows = list(np.random.default_rng(0).integers(0, 96, (8, 32)))
-    monkeypatch.setattr("tightship.passes.smooth.calibration_windows", lambda *_: windows)
     figures: dict[str, Any] = {}
     smoothed = Smooth(method=method, layout="int3", steps=5).apply(
-        checkpoint, Run(threads=1, report=figures.__setitem__)
+        checkpoint, replace(calibrated, report=figures.__setitem__)
     )
     assert distance(checkpoint, smoothed) <= 1e-5
     for found in figures.values():
@@ -165,22 +164,18 @@ def test_smoothing_changes_nothing_before_rounding(
             assert found["spread_after"] < found["spread_before"]
 
 
-def test_a_killed_smoothing_goes_on(
-    models: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_killed_smoothing_goes_on(models: Callable[[str], Checkpoint], calibrated: Run, tmp_path: Path) -> None:
     checkpoint = models("qwen2")
-    windows = list(np.random.default_rng(0).integers(0, 96, (8, 32)))
-    monkeypatch.setattr("tightship.passes.smooth.calibration_windows", lambda *_: windows)
 
     def die(_what: str, done: int, _total: int) -> None:
         if done == 1:
             raise KeyboardInterrupt
 
     spec = Smooth(steps=3)
-    straight = spec.apply(checkpoint, Run(threads=1))
+    straight = spec.apply(checkpoint, calibrated)
     with pytest.raises(KeyboardInterrupt):
-        spec.apply(checkpoint, Run(threads=1, scratch=tmp_path, progress=die))
+        spec.apply(checkpoint, replace(calibrated, scratch=tmp_path, progress=die))
     assert [p.name for p in tmp_path.iterdir()] == ["scales-00000.json"]
-    resumed = spec.apply(checkpoint, Run(threads=1, scratch=tmp_path))
+    resumed = spec.apply(checkpoint, replace(calibrated, scratch=tmp_path))
     for name in checkpoint.weights:
         np.testing.assert_array_equal(resumed.resolve(name).value(), straight.resolve(name).value())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,12 +237,9 @@ def test_gradients_against_finite_differences(ember: Checkpoint) -> None:
 @pytest.mark.parametrize("method", [*CALIBRATED, "sensitivity"])
 def test_experts_turned_and_fused_matrices(family: str, method: str, tiny: Callable[[str], Checkpoint]) -> None:
     checkpoint = tiny(family)
-    windows = list(np.random.default_rng(0).integers(0, 96, (6, 32)))
-    with pytest.MonkeyPatch.context() as patch:
-        for module in ("calibration", "prune_survey", "prune_gradient"):
-            patch.setattr(f"tightship.passes.{module}.calibration_windows", lambda *_: windows)
-        schedule = {} if method == "sensitivity" else {"schedule": "log-kmeans"}
-        result = Prune(method=method, sparsity=0.5, **schedule).apply(checkpoint, run_with())
+    windows = tuple(np.random.default_rng(0).integers(0, 96, (6, 32)))
+    schedule = {} if method == "sensitivity" else {"schedule": "log-kmeans"}
+    result = Prune(method=method, sparsity=0.5, **schedule).apply(checkpoint, replace(run_with(), written=windows))
     found = matrices(result)
     total = sum(w.size for w in found.values())
     assert sum(int((w == 0).sum()) for w in found.values()) == total // 2

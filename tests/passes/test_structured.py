@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +22,6 @@ from tightship.weights import Dense
 
 pytest.importorskip("torch")
 
-IDS = np.arange(24).reshape(2, 12)
-LOSSLESS = {"atol": 2e-5, "rtol": 2e-5}  # sums of fewer products come in another order
-
-
-@pytest.fixture(autouse=True)
-def windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = tuple(np.random.default_rng(0).integers(0, 96, (8, 32)))
-    for module in ("calibration", "experts", "slicing"):
-        monkeypatch.setattr(f"tightship.passes.{module}.calibration_windows", lambda *_: found)
-
-
-def outputs(checkpoint: Checkpoint) -> np.ndarray:
-    infos = checkpoint.infos()
-    assert {n: w.shape for n, w in checkpoint.weights.items()} == {n: infos[n].shape for n in checkpoint.weights}
-    found = ModelView(checkpoint).outputs(IDS)
-    return found.get("logits", found.get("last_hidden_state"))  # type: ignore[return-value]
-
 
 def with_silent_units(checkpoint: Checkpoint, space: str, count: int) -> Checkpoint:
     """The first, third ... units of a space made silent in every block (and expert)."""
@@ -52,7 +36,11 @@ def with_silent_units(checkpoint: Checkpoint, space: str, count: int) -> Checkpo
 
 @pytest.mark.parametrize("space", ["ffn", "heads"])
 def test_cutting_silent_units_leaves_logits_as_they_are(
-    family: str, space: str, tiny: Callable[[str], Checkpoint]
+    family: str,
+    space: str,
+    tiny: Callable[[str], Checkpoint],
+    outputs: Callable[[Checkpoint], np.ndarray],
+    assert_lossless: Callable[[Checkpoint, Checkpoint], None],
 ) -> None:
     checkpoint = tiny(family)
     if space not in checkpoint.architecture.prunable:
@@ -66,11 +54,13 @@ def test_cutting_silent_units_leaves_logits_as_they_are(
     assert sum(np.prod(w.shape) for w in cut.weights.values() if hasattr(w, "shape")) < sum(
         np.prod(w.shape) for w in checkpoint.weights.values() if hasattr(w, "shape")
     )
-    np.testing.assert_allclose(outputs(cut), outputs(silent), **LOSSLESS)
+    assert_lossless(cut, silent)
     assert not np.allclose(outputs(silent), outputs(checkpoint), atol=1e-3)
 
 
-def test_a_cut_model_loads_in_transformers_without_us(tiny: Callable[[str], Checkpoint], tmp_path: Path) -> None:
+def test_a_cut_model_loads_in_transformers_without_us(
+    tiny: Callable[[str], Checkpoint], tmp_path: Path, outputs: Callable[[Checkpoint], np.ndarray], calibrated: Run
+) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -80,7 +70,7 @@ def test_a_cut_model_loads_in_transformers_without_us(tiny: Callable[[str], Chec
     step = pass_for("prune-structured", {"ffn": 0.34, "heads": 0.5, "width": 0.25, "multiple": 16})
     before = tiny("llama-tied")
     step.requires(before)
-    after = step.apply(before, Run(threads=1))
+    after = step.apply(before, calibrated)
     exporter = exporter_for("safetensors")
     target = Target("safetensors")
     exporter.export(after, exporter.plan(after, target), tmp_path)
@@ -88,18 +78,22 @@ def test_a_cut_model_loads_in_transformers_without_us(tiny: Callable[[str], Chec
     config = model.config
     assert (config.hidden_size, config.intermediate_size, config.num_attention_heads) == (48, 64, 2)
     with torch.no_grad():
-        np.testing.assert_allclose(model(torch.from_numpy(IDS)).logits.numpy(), outputs(after), **LOSSLESS)
+        np.testing.assert_allclose(
+            model(torch.arange(24).reshape(2, 12)).logits.numpy(), outputs(after), atol=2e-5, rtol=2e-5
+        )
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3", "mixtral", "phi3"])
-def test_directions_that_nothing_uses_can_be_sliced_away(name: str, tiny: Callable[[str], Checkpoint]) -> None:
+def test_directions_that_nothing_uses_can_be_sliced_away(
+    name: str, tiny: Callable[[str], Checkpoint], outputs: Callable[[Checkpoint], np.ndarray], calibrated: Run
+) -> None:
     """Rotate a narrow model into a wide stream at random: slicing must find the way back."""
     from tightship.passes.slicing import principal_directions, sliced
 
     narrow = sliced(tiny(name), np.linalg.qr(np.random.default_rng(0).normal(size=(64, 64)))[0][:, :48])
     wide = sliced(narrow, np.linalg.qr(np.random.default_rng(1).normal(size=(64, 64)))[0][:48])
     np.testing.assert_allclose(outputs(wide), outputs(narrow), atol=1e-3, rtol=1e-3)
-    directions, energy = principal_directions(wide, Run(threads=1))
+    directions, energy = principal_directions(wide, calibrated)
     assert energy[:48].sum() == pytest.approx(1, abs=1e-6)
     np.testing.assert_allclose(outputs(sliced(wide, directions[:, :48])), outputs(narrow), atol=1e-3, rtol=1e-3)
 
@@ -121,7 +115,9 @@ def test_least_squares_and_costs_by_definition() -> None:
     np.testing.assert_allclose(found[:, keep].T, np.linalg.lstsq(x[:, keep], x @ w.T, rcond=None)[0], atol=1e-4)
 
 
-def test_experts_that_no_token_reaches_go_first_and_change_nothing(tiny: Callable[[str], Checkpoint]) -> None:
+def test_experts_that_no_token_reaches_go_first_and_change_nothing(
+    tiny: Callable[[str], Checkpoint], assert_lossless: Callable[[Checkpoint, Checkpoint], None], calibrated: Run
+) -> None:
     """Router rows of experts 1 and 3 point away from everything, so that the others are always chosen."""
     before = tiny("mixtral")
     routers = [name for name, info in before.infos().items() if info.rule.kind == "router"]
@@ -134,15 +130,17 @@ def test_experts_that_no_token_reaches_go_first_and_change_nothing(tiny: Callabl
     table = before.weights["model.embed_tokens.weight"].value().copy()  # type: ignore[union-attr]
     table[:, 0] = 60
     before = before.with_weights({**far, **raised, "model.embed_tokens.weight": Dense.of(table)})
-    after = pass_for("prune-structured", {"experts": 0.5}).apply(before, Run(threads=1))
+    after = pass_for("prune-structured", {"experts": 0.5}).apply(before, calibrated)
     assert after.config["num_local_experts"] == 2
     name = "model.layers.1.block_sparse_moe.experts.{}.w1.weight"
     np.testing.assert_array_equal(after.weights[name.format(1)].value(), before.weights[name.format(2)].value())  # type: ignore[union-attr]
-    np.testing.assert_allclose(outputs(after), outputs(before), **LOSSLESS)
+    assert_lossless(after, before)
 
 
 @pytest.mark.parametrize("merge", [False, True])
-def test_router_statistics_are_those_of_transformers(merge: bool, tiny: Callable[[str], Checkpoint]) -> None:
+def test_router_statistics_are_those_of_transformers(
+    merge: bool, tiny: Callable[[str], Checkpoint], calibrated: Run
+) -> None:
     import torch
 
     from tightship.passes.experts import saliencies
@@ -153,11 +151,11 @@ def test_router_statistics_are_those_of_transformers(merge: bool, tiny: Callable
     logits = module(torch.from_numpy(ids), output_router_logits=True).router_logits[0]
     weights, chosen = torch.softmax(logits.float(), dim=-1).topk(2, dim=-1)
     gates = torch.zeros_like(logits).scatter_(1, chosen, weights / weights.sum(-1, keepdim=True)).sum(0)
-    found = saliencies(checkpoint, Run(threads=1))[0]
+    found = saliencies(checkpoint, calibrated)[0]
     assert (found > 0).all()
     ratio = found / gates.detach().numpy()
     assert ratio.max() / ratio.min() < 1.5  # what is left is the size of the experts' outputs, alike in random ones
-    after = pass_for("prune-structured", {"experts": 0.5, "merge": merge}).apply(checkpoint, Run(threads=1))
+    after = pass_for("prune-structured", {"experts": 0.5, "merge": merge}).apply(checkpoint, calibrated)
     stay = np.sort(np.argsort(-found)[:2])
     router = "model.layers.0.block_sparse_moe.gate.weight"
     np.testing.assert_array_equal(after.weights[router].value(), checkpoint.weights[router].value()[stay])  # type: ignore[union-attr]
@@ -220,7 +218,9 @@ def test_transformers_wants_llamas_stream_in_multiples_of_its_heads(tiny: Callab
     assert counts_kept(tiny("qwen3"), {"width": 0.06}, 4) == {"width": 60}  # no such rule there
 
 
-def test_where_k_quants_follow_widths_are_whole_super_blocks(tiny: Callable[[str], Checkpoint]) -> None:
+def test_where_k_quants_follow_widths_are_whole_super_blocks(
+    tiny: Callable[[str], Checkpoint], calibrated: Run
+) -> None:
     """Four heads of 64 a key head: one super-block of the output projection; of 32, half a one."""
     from tightship.recipe import Recipe
     from tightship.stages import make_stages
@@ -238,16 +238,18 @@ def test_where_k_quants_follow_widths_are_whole_super_blocks(tiny: Callable[[str
     assert counts_kept(narrow, {"heads": 0.2}, 32) == {"heads": 6}  # 1.6 of 8 to go
     assert counts_kept(narrow, {"heads": 0.4}, 256) == {"heads": 4}  # two of these make one super-block: 4.8 becomes 4
     step = pass_for("prune-structured", {"ffn": 0.5})
-    step.apply(tiny("llama"), Run(threads=1, report=figures.__setitem__))
+    step.apply(tiny("llama"), replace(calibrated, report=figures.__setitem__))
     assert figures["ffn"] == {"asked": 0.5, "share": pytest.approx(1 - 32 / 96), "units": 32}
 
 
 @pytest.mark.parametrize("name", ["mixtral", "llama-tied"])
-def test_the_outline_has_the_shapes_of_the_result(name: str, tiny: Callable[[str], Checkpoint]) -> None:
+def test_the_outline_has_the_shapes_of_the_result(
+    name: str, tiny: Callable[[str], Checkpoint], calibrated: Run
+) -> None:
     shares = {"ffn": 0.34, "heads": 0.5, "width": 0.25, **({"experts": 0.5} if name == "mixtral" else {})}
     step = pass_for("prune-structured", {**shares, "multiple": 16})
     before = tiny(name)
-    outline, result = step.outline(before), step.apply(before, Run(threads=1))
+    outline, result = step.outline(before), step.apply(before, calibrated)
     assert outline.config == result.config
     shapes = [{n: w.shape for n, w in c.weights.items() if hasattr(w, "shape")} for c in (outline, result)]
     assert shapes[0] == shapes[1]

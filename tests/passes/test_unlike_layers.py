@@ -10,7 +10,6 @@ import pytest
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Malformed, Unsupported, UsageError
 from tightship.exporters import exporter_for
-from tightship.modelview import ModelView
 from tightship.passes import pass_for
 from tightship.passes.allotment import shares_of, step_costs
 from tightship.passes.base import Run
@@ -20,23 +19,6 @@ from tightship.target import Target
 from tightship.weights import Dense
 
 pytest.importorskip("torch")
-
-IDS = np.arange(24).reshape(2, 12)
-LOSSLESS = {"atol": 2e-5, "rtol": 2e-5}  # sums of fewer products come in another order
-
-
-@pytest.fixture(autouse=True)
-def windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = tuple(np.random.default_rng(0).integers(0, 96, (8, 32)))
-    for module in ("calibration", "allotment", "slicing"):
-        monkeypatch.setattr(f"tightship.passes.{module}.calibration_windows", lambda *_: found)
-
-
-def outputs(checkpoint: Checkpoint) -> np.ndarray:
-    infos = checkpoint.infos()
-    assert {n: w.shape for n, w in checkpoint.weights.items()} == {n: infos[n].shape for n in checkpoint.weights}
-    found = ModelView(checkpoint).outputs(IDS)
-    return found.get("logits", found.get("last_hidden_state"))  # type: ignore[return-value]
 
 
 def silent(checkpoint: Checkpoint, spaces: list[Space], keep: dict[str, list[int]]) -> Checkpoint:
@@ -51,7 +33,12 @@ def silent(checkpoint: Checkpoint, spaces: list[Space], keep: dict[str, list[int
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3", "opt", "gpt2", "bert", "falcon"])
-def test_blocks_cut_to_unlike_widths_compute_the_same(name: str, tiny: Callable[[str], Checkpoint]) -> None:
+def test_blocks_cut_to_unlike_widths_compute_the_same(
+    name: str,
+    tiny: Callable[[str], Checkpoint],
+    assert_lossless: Callable[[Checkpoint, Checkpoint], None],
+    calibrated: Run,
+) -> None:
     checkpoint = tiny(name)
     wanted = {"ffn": [32, space_of(checkpoint, "ffn").units], "heads": [1, 2]}
     keep = {space: units for space, units in wanted.items() if space in checkpoint.architecture.prunable}
@@ -59,10 +46,10 @@ def test_blocks_cut_to_unlike_widths_compute_the_same(name: str, tiny: Callable[
     quiet = silent(checkpoint, spaces, keep)
     cut = cut_silent(quiet, spaces, keep, uniform=False)
     assert cut.widths("ffn") == keep["ffn"]
-    np.testing.assert_allclose(outputs(cut), outputs(quiet), **LOSSLESS)
-    rest = pass_for("drop-layers", {"layers": [0]}).apply(cut, Run())
-    whole = pass_for("drop-layers", {"layers": [0]}).apply(quiet, Run())
-    np.testing.assert_allclose(outputs(rest), outputs(whole), **LOSSLESS)
+    assert_lossless(cut, quiet)
+    rest = pass_for("drop-layers", {"layers": [0]}).apply(cut, calibrated)
+    whole = pass_for("drop-layers", {"layers": [0]}).apply(quiet, calibrated)
+    assert_lossless(rest, whole)
 
 
 def test_costly_blocks_keep_more_and_the_sum_stays() -> None:
@@ -86,13 +73,15 @@ def test_costs_are_measured_around_the_share_asked_for() -> None:
     assert len(costs) == 20
 
 
-def test_a_block_whose_units_matter_little_loses_most(tiny: Callable[[str], Checkpoint]) -> None:
+def test_a_block_whose_units_matter_little_loses_most(
+    tiny: Callable[[str], Checkpoint], outputs: Callable[[Checkpoint], np.ndarray], calibrated: Run
+) -> None:
     before = tiny("llama")
     quiet = "model.layers.1.mlp.down_proj.weight"
     before = before.with_weights({quiet: Dense.of(before.weights[quiet].value() * np.float32(0.01))})  # type: ignore[union-attr]
     step = pass_for("prune-structured", {"ffn": 0.5, "width": 0.25, "multiple": 16, "uniform": False})
     step.requires(before)
-    outline, after = step.outline(before), step.apply(before, Run(threads=1))
+    outline, after = step.outline(before), step.apply(before, calibrated)
     assert outline.widths("ffn") == [48, 48]
     assert after.widths("ffn") == [64, 32]
     assert after.config["intermediate_size"] == before.config["intermediate_size"]
