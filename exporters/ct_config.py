@@ -14,6 +14,7 @@ What transformers 5.23 with compressed-tensors 0.20 makes of it, measured:
 | one asymmetric layout           | refused: size mismatch   | exact                                           |
 | several, some asymmetric        | refused                  | wrong                                           |
 | experts in several layouts      | wrong: one group decodes all experts | wrong                               |
+| a family with a `packed_note`   | does not run             | as above                                        |
 | FP4, MXFP8, loaded as float32   | refused: it decodes to bfloat16 | exact                                           |
 | activations rounded             | rounded                  | left alone                                      |
 """
@@ -161,7 +162,10 @@ def module(name: str) -> str:
 
 
 def check_readable(
-    layouts: Mapping[str, Layout], infos: Mapping[str, TensorInfo], activations: Mapping[str, Activations]
+    layouts: Mapping[str, Layout],
+    infos: Mapping[str, TensorInfo],
+    activations: Mapping[str, Activations],
+    architecture: Architecture,
 ) -> None:
     """Refuse what no way of loading decodes rightly (see the table above).
 
@@ -169,6 +173,13 @@ def check_readable(
         Unsupported: naming a tensor of the odd layout.
     """
     by_layout = {layout: name for name, layout in sorted(layouts.items(), reverse=True)}
+    if len(by_layout) > 1 and architecture.packed_note:
+        raise Unsupported(
+            f"{architecture.packed_note}; so they are decoded on loading, all by one layout, and here are "
+            f"{', '.join(sorted(layout.name for layout in by_layout))}",
+            tensor=min(by_layout.values()),
+            hint="use one layout for all",
+        )
     asymmetric = [name for layout, name in by_layout.items() if isinstance(layout, Affine) and not layout.symmetric]
     if len(by_layout) > 1 and asymmetric:
         raise Unsupported(

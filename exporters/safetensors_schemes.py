@@ -12,6 +12,9 @@
 | gptq           | int4, groups of 128, symmetric             | as the source has it |
 | awq            | int4, groups of 128, asymmetric            | as the source has it |
 
+Groups are of 64 or 32, or a row's, where rows are no multiple of 128: each matrix for itself, or all alike where
+readers know one layout (gptq, awq, asymmetric ones, and families that transformers has to decode on loading, as T5).
+
 Options: `group` (a number, or `channel`) and `asym: true` of integers; `granularity: tensor, channel, block` of fp8;
 `format: compressed-tensors, gptq, gptq_v2, awq, fp8` (how quantized matrices are written; the schemes gptq and awq
 choose their own); `include: [head]`; `shard_size` (`5GB`, `500MB`). `activations` and its kin belong to the solver and
@@ -20,6 +23,7 @@ win over the scheme's (docs/contract.md).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -76,11 +80,16 @@ def layouts_of(checkpoint: Checkpoint, target: Target) -> dict[str, Layout | str
         )
     kinds = {"linear", *(_INCLUDABLE[word] for word in options.get("include", ()))}
     infos = checkpoint.infos()
-    return {
-        name: _layout(scheme, options, int(weight.shape[-1]))
-        for name, weight in stored.items()
-        if name in infos and infos[name].rule.kind in kinds
-    }
+    chosen = {name: w for name, w in stored.items() if name in infos and infos[name].rule.kind in kinds}
+    widths = {name: int(weight.shape[-1]) for name, weight in chosen.items()}
+    if _reads_one_layout(scheme, options, checkpoint):
+        widths = dict.fromkeys(widths, math.gcd(*widths.values()))
+    return {name: _layout(scheme, options, width) for name, width in widths.items()}
+
+
+def _reads_one_layout(scheme: str, options: Mapping[str, Any], checkpoint: Checkpoint) -> bool:
+    """Whether matrices have to agree on one group: formats with one for a file, and what is decoded on loading."""
+    return scheme in WORDS or bool(options.get("asym") or checkpoint.architecture.packed_note)
 
 
 def activations_of(target: Target) -> str | None:
@@ -136,7 +145,7 @@ def checked_options(target: Target) -> Mapping[str, Any]:
 
 
 def _layout(scheme: str, options: Mapping[str, Any], cols: int) -> Layout:
-    """Groups of 128, or the largest of 64 and 32 that rows are a multiple of, or one a row."""
+    """Groups of 128, or the largest of 64 and 32 that `cols` is a multiple of, or one a row."""
     if scheme in NARROW:
         return parse_layout(NARROW[scheme])
     if scheme == "fp8":

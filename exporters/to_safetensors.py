@@ -79,7 +79,7 @@ class SafetensorsExporter:
         layouts, infos = _layouts(checkpoint), _infos(checkpoint)
         notes = []
         if method_of(target) == COMPRESSED:
-            check_readable(layouts, infos, checkpoint.activations)
+            check_readable(layouts, infos, checkpoint.activations, checkpoint.architecture)
             notes = reader_notes(layouts, infos, checkpoint.architecture)
         elif layouts:
             _quantization(checkpoint, target)

@@ -32,6 +32,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert": ("BertConfig", "BertForMaskedLM", {**SMALL, "intermediate_size": 96}),
     "opt": ("OPTConfig", "OPTForCausalLM", {**SMALL, "ffn_dim": 96, "word_embed_proj_dim": 32}),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**LLAMA, "head_dim": 32}),
+    "t5": (
+        "T5Config",
+        "T5ForConditionalGeneration",
+        {"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4},
+    ),
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", {**LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2}),
 }
 
@@ -217,6 +222,20 @@ def test_what_no_loader_decodes_rightly_is_refused(tmp_path: Path) -> None:
     words = every_linear(mixtral, "int4") | {"model.layers.1.block_sparse_moe.experts.2.w1.weight": "int8"}
     with pytest.raises(Unsupported, match="decodes all experts by one layout, found int4-g32, int8-g32"):
         SafetensorsExporter().plan(quantized(mixtral, words), Target("safetensors"))
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a16"])
+def test_families_that_are_decoded_on_loading_get_one_layout(scheme: str, tmp_path: Path) -> None:
+    """T5's rows of 64 and 96 would have groups of 64 and 32; the latter serve all."""
+    t5 = random_model("t5", tmp_path / "in")
+    wanted = SafetensorsExporter().layout_for(t5, Target("safetensors", scheme))
+    assert {layout.group_size for layout in wanted.values()} == {32}  # type: ignore[union-attr]
+    solved = quantized(t5, {name: layout.name for name, layout in wanted.items()})  # type: ignore[union-attr]
+    write(solved, tmp_path / "out", scheme=scheme)
+    assert_same(solved, dequantized(solved, tmp_path / "out"))
+    several = quantized(t5, {n: "int4" if n.endswith("wo.weight") else "int4-g64" for n in wanted})
+    with pytest.raises(Unsupported, match="decoded on loading, all by one layout, and here are int4-g32, int4-g64"):
+        SafetensorsExporter().plan(several, Target("safetensors"))
 
 
 def test_attention_and_experts_may_differ(tmp_path: Path) -> None:
