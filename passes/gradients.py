@@ -1,7 +1,8 @@
 """Gradients of the model's own training loss with respect to each linear, window by window.
 
-Decoders: mean cross-entropy of the next token. Masked language models: cross-entropy of a seeded 15 % of the tokens,
-shown as the mask token. The whole model and one gradient of it are in memory, float32.
+Decoders: mean cross-entropy of the next token; behind an encoder of the same text, of each of its tokens. Masked
+language models: cross-entropy of a seeded 15 % of the tokens, shown as the mask token. The whole model and one gradient
+of it are in memory, float32.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from tightship.addresses import skeleton
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported
-from tightship.modelview import ModelView
+from tightship.modelview import ModelView, shifted
 from tightship.passes.base import Run
 from tightship.passes.objectives import hidden_tokens, mask_token
 
@@ -62,6 +63,11 @@ def _loss(view: ModelView, module: Any, window: np.ndarray, rng: np.random.Gener
     if architecture.task == "text-generation":
         logits = module(ids, use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
+    if architecture.task == "text2text-generation":
+        behind = torch.from_numpy(shifted(window[None], view.checkpoint.config)).to(view.device)
+        return torch.nn.functional.cross_entropy(
+            module(ids, decoder_input_ids=behind, use_cache=False).logits[0], ids[0]
+        )
     if architecture.task == "fill-mask" and module.get_output_embeddings() is not None:
         hidden = torch.from_numpy(hidden_tokens(np.ones(ids.shape, bool), rng)).to(view.device)
         shown = ids.masked_fill(hidden, mask_token(view.checkpoint))

@@ -58,6 +58,33 @@ FAMILIES = {
     "opt": ("OPTForCausalLM", {**SIZES, "ffn_dim": 96, "word_embed_proj_dim": 64}),
     "falcon": ("FalconForCausalLM", {**SIZES, "new_decoder_architecture": True, "num_kv_heads": 2}),
 }
+T5 = {"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
+BART = {
+    "vocab_size": 96,
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "max_position_embeddings": 64,
+    "pad_token_id": 1,
+    "decoder_start_token_id": 6,
+    "forced_eos_token_id": None,
+}
+TWO_STACKS = {
+    "t5": ("T5ForConditionalGeneration", {**T5, "decoder_start_token_id": 5}),
+    "t5-gated": (
+        "T5ForConditionalGeneration",
+        {**T5, "decoder_start_token_id": 5, "feed_forward_proj": "gated-gelu", "num_decoder_layers": 3},
+    ),
+    "bart": ("BartForConditionalGeneration", {**BART, "decoder_layers": 1, "decoder_attention_heads": 2}),
+    "mbart": ("MBartForConditionalGeneration", BART),
+    "marian": ("MarianMTModel", BART),
+    "pegasus": ("PegasusForConditionalGeneration", BART),
+    "blenderbot": ("BlenderbotForConditionalGeneration", BART),
+}
 STRINGS = Path(__file__).parent / "data" / "tokenizer_strings.txt"
 QWEN = {
     "vocab_size": 320,
@@ -81,7 +108,7 @@ def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
 
     def make(family: str) -> Path:
         if family not in made:
-            class_name, config = FAMILIES[family]
+            class_name, config = {**FAMILIES, **TWO_STACKS}[family]
             model_class = getattr(transformers, class_name)
             torch.manual_seed(0)
             model = model_class(model_class.config_class(**config))

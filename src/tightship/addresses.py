@@ -8,8 +8,9 @@ tensors are views of one row, so that this costs no memory, except where transfo
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ class Address:
     """A tensor's place in a module.
 
     Attributes:
-        parameter: dotted name of the parameter.
+        parameter: dotted name of the parameter, or buffer.
         index: leading indices and slices into it; () is the whole parameter.
         turned: the place holds the transpose of what lies on disk.
     """
@@ -44,8 +45,15 @@ class Address:
 
     def view(self, module: Any) -> torch.Tensor:
         """The place itself, in on-disk orientation; writing to it writes to the module."""
-        region = module.get_parameter(self.parameter).data[self.index]
+        region = tensor_of(module, self.parameter).data[self.index]
         return region.T if self.turned else region
+
+
+def tensor_of(module: Any, name: str) -> torch.Tensor:
+    """A module's parameter, or buffer where a file holds one (BART's bias on logits)."""
+    owner, _, last = name.rpartition(".")
+    found: torch.Tensor = getattr(module.get_submodule(owner), last)
+    return found
 
 
 def skeleton(checkpoint: Checkpoint) -> tuple[Any, dict[str, Address]]:
@@ -64,7 +72,7 @@ def skeleton(checkpoint: Checkpoint) -> tuple[Any, dict[str, Address]]:
     strange = sorted({*info["missing_keys"], *info["unexpected_keys"]})
     if strange:
         raise Malformed(f"{type(module).__name__} and the checkpoint do not match", tensor=strange[0])
-    places = find_numbers(module, dict(enumerate(names)))
+    places = find_numbers(module, dict(enumerate(names)), checkpoint.architecture.ignored)
     places |= {name: places[owner_of(checkpoint, name)] for name in tied}
     lost = [name for name in names if name not in places]
     if lost:
@@ -93,14 +101,19 @@ def numbered(shape: tuple[int, ...], number: int) -> torch.Tensor:
     return row.expand(shape) if shape else row[0]
 
 
-def find_numbers(module: Any, names: Mapping[int, str]) -> dict[str, Address]:
+def find_numbers(module: Any, names: Mapping[int, str], ignored: Iterable[str] = ()) -> dict[str, Address]:
     """The addresses of the numbers found, in a module that was loaded with `numbered` tensors.
+
+    Parameters that fit a pattern of `ignored` come from no file, and are passed over.
 
     Raises:
         Unsupported: tensors were mixed in a way that is not understood; the parameter is named.
     """
     found: dict[str, Address] = {}
-    for parameter, tensor in module.named_parameters():
+    buffers = {name: tensor for name, tensor in module.named_buffers() if name in names.values()}
+    for parameter, tensor in (dict(module.named_parameters()) | buffers).items():
+        if any(fnmatch.fnmatchcase(parameter, pattern) for pattern in ignored):
+            continue
         for number, index, turned in _regions(parameter, tensor.data):
             if number in names:
                 found[names[number]] = Address(parameter, index, turned)

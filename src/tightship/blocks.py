@@ -1,5 +1,9 @@
 """One block of a model at a time, fed with what the blocks before it really put out.
 
+Behind an encoder the decoder's blocks follow, and their cross-attention reads what the encoder as it is by then puts
+out. Both stacks are given the same text, the decoder behind its start token (`tightship.modelview.shifted`), so that a
+plain text says what flows at every position of either.
+
 Only the block in hand has its weights in memory (experts that transformers stacks pass through memory once, while
 loading). Every multiplication with a weight of the block can be observed, experts included.
 """
@@ -7,17 +11,17 @@ loading). Every multiplication with a weight of the block can be observed, exper
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tightship.addresses import skeleton
-from tightship.checkpoint import Checkpoint
+from tightship.addresses import skeleton, tensor_of
 from tightship.errors import Malformed, Unsupported
-from tightship.interception import Enough, Observer, Recorder, multiplications, replaced, to_device
-from tightship.modelview import ModelView, disk_value
+from tightship.interception import Enough, Observer, multiplications, replaced, to_device
+from tightship.modelview import ModelView, disk_value, shifted
+from tightship.stacks import Stack, stacks_of
 from tightship.weights import Alias, Stored
 
 if TYPE_CHECKING:
@@ -28,18 +32,22 @@ TOKENS_AT_ONCE = 4096
 
 @dataclass
 class _Batch:
-    """Windows of one length on their way through the model: (windows, length, hidden) and each block's arguments."""
+    """Windows of one length on their way through the model: (windows, length, hidden) and each block's arguments.
+
+    Both are filled in where a stack of blocks is entered.
+    """
 
     ids: np.ndarray
-    hidden: Any
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    hidden: Any = None
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
 
 class BlockStep:
     """The block in hand.
 
     Attributes:
-        index: block number.
+        index: block number; those of a decoder go on behind its encoder's.
+        total: how many blocks there are.
         linears: on-disk names of its matrices, table order; tied ones are left to their owner.
         routers: on-disk names of the matrices that choose among experts.
     """
@@ -48,7 +56,7 @@ class BlockStep:
 
     def __init__(self, walk: BlockWalk, index: int) -> None:
         self._walk = walk
-        self.index = index
+        self.index, self.total = index, len(walk.blocks)
         prefix = walk.prefixes[index]
         self.linears = tuple(
             info.name
@@ -133,7 +141,7 @@ class BlockStep:
             fused.setdefault(self._walk.addresses[name].factor, []).append(name)
         pointers = {}
         for (parameter, expert), together in fused.items():
-            data = self._walk.module.get_parameter(parameter).data
+            data = tensor_of(self._walk.module, parameter).data
             pointers[(data if expert is None else data[expert]).data_ptr()] = tuple(together)
         return pointers
 
@@ -146,7 +154,7 @@ class Tail(BlockStep):
 
     def __init__(self, walk: BlockWalk, wanted: Collection[str]) -> None:
         self._walk = walk
-        self.index = len(walk.blocks)
+        self.index = self.total = len(walk.blocks)
         inside = tuple(walk.prefixes)
         kinds = {name: walk.infos[name].rule.kind for name in wanted if name in walk.infos}
         self.linears = tuple(n for n, kind in kinds.items() if kind in ("head", "linear") and not n.startswith(inside))
@@ -164,13 +172,8 @@ class Tail(BlockStep):
         with self._walk.view.computing(), multiplications(self._factors(self.linears), note):
             for batch in self._walk.batches:
                 missing.update(self.linears)
-                with replaced(self._walk.blocks, self._passing(batch)):
+                with self._walk.passed(self._walk.stacks, batch.hidden):
                     self._walk.forward(batch.ids)
-
-    def _passing(self, batch: _Batch) -> Callable[[Any], Callable[..., Any]]:
-        """Makes every block hand on what the last one put out."""
-        left = (batch.hidden,) if self._walk.wraps else batch.hidden
-        return lambda _block: lambda *_args, **_kwargs: left
 
 
 class BlockWalk:
@@ -179,32 +182,37 @@ class BlockWalk:
     def __init__(self, view: ModelView, windows: Sequence[np.ndarray], at_once: int = TOKENS_AT_ONCE) -> None:
         if not len(windows) or any(len(window) == 0 for window in windows):
             raise Malformed("calibration needs at least one window of tokens, and none of them empty")
-        demand_one_stack(view.checkpoint)
         self.view = view
         self.checkpoint = view.checkpoint
         self.infos = self.checkpoint.infos()
         self.module, self.addresses = skeleton(self.checkpoint)
         self.written: dict[str, Stored] = {}
-        count = int(self.checkpoint.hyper["layers"])
-        self.prefixes = [self.checkpoint.architecture.block_prefix.format(i=i) for i in range(count)]
-        self.blocks = _block_modules(self.module, self.checkpoint, self.prefixes)
+        self.stacks = stacks_of(self.module, self.checkpoint)
+        self.prefixes = [prefix for stack in self.stacks for prefix in stack.prefixes]
+        self.blocks = [block for stack in self.stacks for block in stack.blocks]
         names = {id(module): name for name, module in self.module.named_modules()}
         self.stems = [f"{names[id(block)]}." for block in self.blocks]
         for prefix in self.prefixes:
             self.empty(prefix)
-        with view.computing():
-            self.batches = self._enter(batch_windows(windows, at_once))
+        self.batches = [_Batch(ids) for ids in batch_windows(windows, at_once)]
+        self.fill(None)
+        self._enter(0)
 
     def steps(self, outside: Collection[str] = ()) -> Iterator[BlockStep]:
         """Every block in order, then, if there are any in `outside`, the matrices that follow the last."""
-        for index, block in enumerate(self.blocks):
-            self.fill(self.prefixes[index])
-            block.to(self.view.device)
-            yield BlockStep(self, index)
-            with self.view.computing():
-                for batch in self.batches:
-                    batch.hidden = self.run(index, batch).cpu()
-            self.empty(self.prefixes[index])
+        index = 0
+        for number, stack in enumerate(self.stacks):
+            if number:
+                self._enter(number)
+            for block in stack.blocks:
+                self.fill(self.prefixes[index])
+                block.to(self.view.device)
+                yield BlockStep(self, index)
+                with self.view.computing():
+                    for batch in self.batches:
+                        batch.hidden = self.run(index, batch).cpu()
+                self.empty(self.prefixes[index])
+                index += 1
         tail = Tail(self, outside)
         if tail.linears:
             yield tail
@@ -226,9 +234,19 @@ class BlockWalk:
         """Run the whole module until somebody has seen enough."""
         import torch
 
-        cache = {"use_cache": False} if self.module.can_generate() else {}
+        more: dict[str, Any] = {"use_cache": False} if self.module.can_generate() else {}
+        if len(self.stacks) > 1:
+            more["decoder_input_ids"] = torch.from_numpy(shifted(ids, self.checkpoint.config))
         with suppress(Enough):
-            self.module(torch.from_numpy(ids), **cache)
+            self.module(torch.from_numpy(ids), **more)
+
+    @contextmanager
+    def passed(self, stacks: Sequence[Stack], hidden: Any) -> Iterator[None]:
+        """The blocks of these stacks hand on `hidden` (windows, length, hidden)."""
+        with ExitStack() as every:
+            for stack in stacks:
+                every.enter_context(replaced(stack.blocks, _always(stack.recorder.wrapped(hidden))))
+            yield
 
     def fill(self, prefix: str | None) -> None:
         """Give the tensors below `prefix` their values; None means all outside the blocks."""
@@ -240,7 +258,7 @@ class BlockWalk:
         for parameter, names in wanted.items():
             import torch
 
-            target = self.module.get_parameter(parameter)
+            target = tensor_of(self.module, parameter)
             target.data = torch.empty(target.shape, dtype=torch.float32)
             for name in names:
                 value = disk_value(self.checkpoint, name, self.written)
@@ -250,35 +268,32 @@ class BlockWalk:
         """Free the tensors below `prefix`."""
         for name, address in self.addresses.items():
             if name.startswith(prefix):
-                target = self.module.get_parameter(address.parameter)
+                target = tensor_of(self.module, address.parameter)
                 target.data = target.data.new_zeros(()).cpu().expand(target.shape)
 
-    def _enter(self, windows: Sequence[np.ndarray]) -> list[_Batch]:
-        """Embed the stacked windows and note which arguments the model hands to each block."""
+    def _enter(self, number: int) -> None:
+        """Bring the batches to the first block of a stack and note which arguments the model hands to each block.
 
-        self.fill(None)
-        self.fill(self.prefixes[0])
-        recorder = Recorder(self.blocks)
-        batches = []
-        with recorder.standing_in():
-            # Under load a process's first pass came out some 1e-5 off (relative), all later ones bit for bit equal.
-            self.forward(windows[0][:1])
-        for ids in windows:
-            with recorder.standing_in() as seen:
-                self.forward(ids)
-            batches.append(_Batch(ids, seen[0].hidden, [call.arguments for call in seen]))
-        self.wraps = recorder.wraps
-        self.empty(self.prefixes[0])
-        return batches
+        What lies before that block runs; stacks before it hand on what their last block has put out.
+        """
+        stack, before = self.stacks[number], self.stacks[:number]
+        self.fill(stack.prefixes[0])
+        with self.view.computing():
+            if not before:
+                # Under load a process's first pass came out some 1e-5 off (relative), all later ones bit for bit equal.
+                with stack.recorder.standing_in():
+                    self.forward(self.batches[0].ids[:1])
+            for batch in self.batches:
+                with self.passed(before, batch.hidden), stack.recorder.standing_in() as seen:
+                    self.forward(batch.ids)
+                batch.hidden = seen[0].hidden
+                batch.arguments += [call.arguments for call in seen]
+        self.empty(stack.prefixes[0])
 
 
-def demand_one_stack(checkpoint: Checkpoint) -> None:
-    """Raise Unsupported for a model of an encoder and a decoder: its blocks cannot be walked one after the other."""
-    if checkpoint.architecture.decoder_prefix is not None:
-        raise Unsupported(
-            f"{checkpoint.architecture.family} has an encoder and a decoder, and calibration walks one stack",
-            hint="use a data-free solver, such as rtn",
-        )
+def _always(output: Any) -> Callable[[Any], Callable[..., Any]]:
+    """Makes every block hand on `output`, whatever it is given."""
+    return lambda _block: lambda *_args, **_kwargs: output
 
 
 def walk_blocks(view: ModelView, windows: Sequence[np.ndarray]) -> Iterator[BlockStep]:
@@ -303,19 +318,3 @@ def batch_windows(windows: Sequence[np.ndarray], at_once: int = TOKENS_AT_ONCE) 
         size = max(1, at_once // length)
         batches += [np.stack(group[i : i + size]) for i in range(0, len(group), size)]
     return batches
-
-
-def _block_modules(module: Any, checkpoint: Checkpoint, prefixes: Sequence[str]) -> list[Any]:
-    """The modules of the blocks, in order.
-
-    Raises:
-        Unsupported: no list of modules fits the family's block prefix.
-    """
-    import torch
-
-    stem = checkpoint.architecture.block_prefix.split("{i}")[0].strip(".")
-    for name, found in module.named_modules():
-        fits = name == stem or name.endswith(f".{stem}") or stem.endswith(f".{name}")
-        if name and fits and isinstance(found, torch.nn.ModuleList) and len(found) == len(prefixes):
-            return list(found)
-    raise Unsupported(f"{type(module).__name__} has no list of {len(prefixes)} blocks named {stem}")

@@ -57,12 +57,21 @@ class Enough(Exception):
 
 
 class Recorder:
-    """Lets blocks hand their input on unchanged and notes how each was called, up to the last."""
+    """Lets blocks hand their input on unchanged and notes how each was called, up to the last.
+
+    Whether blocks return a tuple the first one shows, which is run once; what it returns beside its output (T5: the
+    bias that all blocks of a stack share) the others are handed too, and then it is run every time.
+    """
 
     def __init__(self, blocks: Sequence[Any]) -> None:
         self._blocks = blocks
         self._pool = Pool()
-        self.wraps: bool | None = None  # whether this family's blocks return a tuple; the first is run once to see
+        self._beside: tuple[Any, ...] | None = None  # of a tuple's first entry; None: no tuples
+        self._called = False
+
+    def wrapped(self, hidden: Any) -> Any:
+        """`hidden` as a block of this family returns it."""
+        return hidden if self._beside is None else (hidden, *self._beside)
 
     @contextmanager
     def standing_in(self) -> Iterator[list[Call]]:
@@ -72,19 +81,23 @@ class Recorder:
             original = block.forward
 
             def forward(*args: Any, **kwargs: Any) -> Any:
-                if self.wraps is None:
-                    self.wraps = isinstance(original(*args, **kwargs), tuple)
+                if not seen and (not self._called or any(item is not None for item in self._beside or ())):
+                    self._look(original(*args, **kwargs))
                 rest = dict(kwargs)
                 hidden = args[0] if args else rest.pop("hidden_states")
                 seen.append(Call(hidden, (self._pool.share(args[1:]), self._pool.share(rest))))
                 if len(seen) == len(self._blocks):
                     raise Enough
-                return (hidden,) if self.wraps else hidden
+                return self.wrapped(hidden)
 
             return forward
 
         with replaced(self._blocks, stand_in):
             yield seen
+
+    def _look(self, output: Any) -> None:
+        self._called = True
+        self._beside = output[1:] if isinstance(output, tuple) else None
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tightship.addresses import Address, skeleton
+from tightship.addresses import Address, skeleton, tensor_of
 from tightship.checkpoint import Checkpoint
 from tightship.modelview import disk_value
 
@@ -30,7 +30,7 @@ def mapped_module(checkpoint: Checkpoint, folder: Path) -> Any:
 
     module, addresses = skeleton(checkpoint)
     for parameter, places in _by_parameter(addresses).items():
-        _map(module.get_parameter(parameter), folder)
+        _map(tensor_of(module, parameter), folder)
         for name, address in places.items():
             address.view(module).copy_(torch.from_numpy(disk_value(checkpoint, name)))
     return module

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from tightship.addresses import skeleton
-from tightship.architecture import architecture_for
-from tightship.blocks import BlockWalk, demand_one_stack, walk_blocks
-from tightship.checkpoint import Checkpoint, Source
-from tightship.errors import Malformed, Unsupported
+from tightship.blocks import BlockWalk, walk_blocks
+from tightship.checkpoint import Checkpoint
+from tightship.errors import Malformed
 from tightship.modelview import ModelView
 from tightship.weights import Alias, Dense
 
@@ -120,11 +119,3 @@ def test_the_head_is_not_computed_on_the_way_in(tiny: Tiny, monkeypatch: pytest.
 
     monkeypatch.setattr("tightship.blocks.skeleton", watched)
     assert len(list(walk_blocks(ModelView(tiny("llama")), windows()))) == 2
-
-
-def test_a_model_of_two_stacks_is_refused_by_name() -> None:
-    config = {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}
-    checkpoint = Checkpoint("t5", config, {}, {}, architecture_for(config), Source("t5", None, ()))
-    with pytest.raises(Unsupported, match="t5 has an encoder and a decoder") as caught:
-        demand_one_stack(checkpoint)
-    assert "rtn" in str(caught.value.hint)

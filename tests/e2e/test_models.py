@@ -15,6 +15,24 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 BERT = ROOT / "examples" / "ember-bert"
 THREE = ("--to", "gguf", "--to", "onnx", "--to", "safetensors")
+TWO_STACKS = {
+    "t5": {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+    "bart": {
+        "d_model": 64,
+        "encoder_layers": 2,
+        "decoder_layers": 1,
+        "max_position_embeddings": 128,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 96,
+        "decoder_ffn_dim": 96,
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 1,
+        "forced_eos_token_id": None,
+    },
+}
 SENTENCES = [
     "A ship in harbour is safe, but that is not what ships are built for.",
     "Boats that stay in port come to no harm.",
@@ -110,23 +128,36 @@ def test_a_real_sentence_encoder(build_command: Callable[..., Any]) -> None:
     assert config["architectures"] == ["BertModel"]
 
 
-@pytest.mark.slow
-def test_an_encoder_and_its_decoder_in_all_three(
-    unigram: Path, build_command: Callable[..., Any], tmp_path: Path
-) -> None:
-    """T5, on shipped sentences and what the model writes to them: in llama.cpp, ONNX Runtime and transformers."""
+@pytest.fixture(scope="module")
+def two_stacks(unigram: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """family -> directory of a random model with a unigram tokenizer."""
     import torch
     import transformers
 
-    shutil.copytree(unigram, tmp_path / "t5")
-    torch.manual_seed(0)
-    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
-    model = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=2048, **sizes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)
-    model.save_pretrained(tmp_path / "t5")
-    done = build_command(tmp_path / "t5", *THREE)
+    made: dict[str, Path] = {}
+    classes = {"t5": transformers.T5ForConditionalGeneration, "bart": transformers.BartForConditionalGeneration}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family) / family
+            shutil.copytree(unigram, made[family])
+            torch.manual_seed(0)
+            model = classes[family](classes[family].config_class(vocab_size=2048, **TWO_STACKS[family]))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)
+            model.save_pretrained(made[family])
+        return made[family]
+
+    return make
+
+
+@pytest.mark.slow
+def test_an_encoder_and_its_decoder_in_all_three(
+    two_stacks: Callable[[str], Path], build_command: Callable[..., Any]
+) -> None:
+    """T5, on shipped sentences and what the model writes to them: in llama.cpp, ONNX Runtime and transformers."""
+    done = build_command(two_stacks("t5"), *THREE)
     assert done.code == 0, done.body
     assert not [check for check in done.checks.values() if check["verdict"] != "pass"]
     for name in ("gguf/onnxruntime/graph/rel_l2", "onnx/onnxruntime/graph/rel_l2_through_cache",
@@ -135,3 +166,26 @@ def test_an_encoder_and_its_decoder_in_all_three(
     assert "tokens of a target, which the original wrote to it" in (done.output / "report.md").read_text()
     graphs = {path.name for path in (done.output / "onnx").glob("*model*")}
     assert graphs == {"encoder_model.onnx", "decoder_model_merged.onnx", "model.onnx_data"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_both_stacks_solved_on_a_text(
+    family: str,
+    two_stacks: Callable[[str], Path],
+    strings: list[str],
+    build_command: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """GPTQ on the encoder, then on the decoder behind the solved one; the integers in every container."""
+    (tmp_path / "text.txt").write_text("\n".join(strings[:400]))
+    solved = ("--quantize", "int4", "--solver", "gptq", "--calibration", str(tmp_path / "text.txt"))
+    done = build_command(two_stacks(family), *solved, *(THREE if family == "t5" else THREE[2:]))
+    assert done.code == 0, done.body
+    assert {check["verdict"] for check in done.checks.values()} == {"pass"}
+    (stage,) = (stage for stage in done.body["result"]["stages"] if stage["use"] == "quantize")
+    figures = {name: f for name, f in stage["figures"].items() if "loss_rtn" in f}
+    assert {name.split(".layer")[0].split(".block")[0].split(".")[-1] for name in figures} == {"encoder", "decoder"}
+    assert all(found["loss"] < found["loss_rtn"] for found in figures.values())
+    text = (done.output / "report.md").read_text()
+    assert "hold the same integers and scales" in text

@@ -233,9 +233,23 @@ def test_gradients_against_finite_differences(ember: Checkpoint) -> None:
         assert found[name][row, col] == pytest.approx(np.mean(slopes), rel=1e-3)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt2", "phi3"])
+def test_gradients_through_both_stacks(tiny: Callable[[str], Checkpoint]) -> None:
+    """Those of transformers' own loss with the text as labels, which it gives to the decoder behind its start token."""
+    checkpoint = tiny("t5")
+    ids = np.random.default_rng(0).integers(7, 96, (2, 16))
+    found = mean_over_windows(checkpoint, run_with(), list(ids), lambda g: g)
+    module = ModelView(checkpoint).module()
+    for row in torch.from_numpy(ids):
+        (module(row[None], labels=row[None]).loss / len(ids)).backward()
+    for name, gradient in found.items():
+        np.testing.assert_allclose(gradient, module.get_parameter(name).grad.numpy(), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt2", "phi3", "bart"])
 @pytest.mark.parametrize("method", [*CALIBRATED, "sensitivity"])
-def test_experts_turned_and_fused_matrices(family: str, method: str, tiny: Callable[[str], Checkpoint]) -> None:
+def test_experts_turned_and_fused_matrices_and_two_stacks(
+    family: str, method: str, tiny: Callable[[str], Checkpoint]
+) -> None:
     checkpoint = tiny(family)
     windows = tuple(np.random.default_rng(0).integers(0, 96, (6, 32)))
     schedule = {} if method == "sensitivity" else {"schedule": "log-kmeans"}

@@ -38,17 +38,17 @@ def run_with(figures: Figures, **changes: Any) -> Run:
     return Run(**{**settings, "report": figures.__setitem__, **changes})
 
 
-def inputs(checkpoint: Checkpoint, windows: np.ndarray) -> dict[str, np.ndarray]:
-    """(tokens, in) float64 of every linear, from hooks on the whole model."""
+def inputs(checkpoint: Checkpoint, windows: np.ndarray, **more: Any) -> dict[str, np.ndarray]:
+    """(tokens, in) float64 of every linear, from hooks on the whole model, which is given `more` beside ids."""
     module = ModelView(checkpoint, threads=1).module()
     seen: dict[str, np.ndarray] = {}
     for name, place in skeleton(checkpoint)[1].items():
-        owner = module.get_submodule(place.parameter.removesuffix(".weight"))
+        owner = module.get_submodule(place.parameter.rpartition(".")[0])
         owner.register_forward_pre_hook(
             lambda _, args, name=name: seen.__setitem__(name, args[0].reshape(-1, args[0].shape[-1]).double().numpy())
         )
     with torch.no_grad():
-        module(torch.from_numpy(windows))
+        module(torch.from_numpy(windows), **more)
     return seen
 
 
@@ -296,3 +296,39 @@ def test_moments_without_an_inverse_fail_unless_allowed(ember: Checkpoint) -> No
     fallen = [name for name, found in figures.items() if found.get("fallback") == "singular"]
     assert figures["matrices whose moments have no inverse"]["count"] == len(fallen) > 0
     assert {figures[name]["solver"] for name in fallen} <= {"importance", "rtn"}
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_both_stacks_are_solved_on_moments_of_the_whole_model(family: str, tiny: Callable[[str], Checkpoint]) -> None:
+    """Moments, and losses below rounding's, of every matrix; the encoder was solved before the decoder read it."""
+    checkpoint = tiny(family)
+    ids = np.random.default_rng(0).integers(7, 96, (24, 32))
+    figures: Figures = {}
+    shown: dict[str, np.ndarray] = {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tightship.passes.calibration.calibration_windows", lambda *_: list(ids))
+        gptq = type(Quantize(solver="gptq", layout="int3-asym").method)
+        original = gptq.matrix
+
+        def matrix(self: Any, spec: Any, name: str, matrix: Any, moments: Any, **more: Any) -> Any:
+            shown[name] = moments.second
+            return original(self, spec, name, matrix, moments, **more)
+
+        patch.setattr(gptq, "matrix", matrix)
+        result = Quantize(solver="gptq", layout="int3-asym").apply(checkpoint, run_with(figures))
+    start = {"t5": 5, "bart": 6}[family]
+    behind = np.concatenate([np.full((len(ids), 1), start), ids[:, :-1]], axis=1)
+    before: dict[str, Any] = {}
+    for prefix in (checkpoint.architecture.block_prefix, checkpoint.architecture.decoder_prefix):
+        for block in (0, 1):
+            names = [i.name for i in checkpoint.linears() if i.name.startswith(str(prefix).format(i=block))]
+            seen = inputs(checkpoint.with_weights(before), ids, decoder_input_ids=torch.from_numpy(behind))
+            for name in names:
+                np.testing.assert_allclose(
+                    shown[name], seen[name].T @ seen[name] / len(seen[name]), rtol=1e-4, atol=1e-6
+                )
+            before |= {name: result.weights[name] for name in names}
+    assert set(before) == set(figures) == {info.name for info in checkpoint.linears()}
+    for name, found in figures.items():
+        assert found["loss"] < found["loss_rtn"], name
