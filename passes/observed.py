@@ -37,9 +37,10 @@ def passed_blocks(checkpoint: Checkpoint, run: Run, title: str, windows: Windows
     Raises:
         Unsupported, Malformed: see `tightship.blocks` and `tightship.texts`.
     """
-    blocks = int(checkpoint.hyper["layers"])
+    blocks = 0
     windows = calibration_windows(checkpoint, run) if windows is None else windows
     for step in walk_blocks(ModelView(checkpoint, threads=run.threads, device=run.device), windows):
+        blocks = step.total
         run.progress(title, step.index, blocks)
         yield step
     run.progress(title, blocks, blocks)
