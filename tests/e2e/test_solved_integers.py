@@ -1,4 +1,4 @@
-"""After GPTQ: the integers and scales in the files of all containers are the same, cut out of their bytes here.
+"""The integers and scales in the files of all containers are the same, cut out of their bytes here; most after GPTQ.
 
 | GGUF block (ggml-common.h)                    | bytes of a block, in this order                             |
 |-----------------------------------------------|-------------------------------------------------------------|
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,8 @@ def of_onnx(directory: Path) -> Integers:
         if len(node.input) > 3 and node.input[3]:
             zero = spread(constants[node.input[3]].reshape(said["N"], -1), steps.shape[1])
         name = node.input[1].removesuffix(".weight.B")
-        found[name] = (codes - np.repeat(zero, block, axis=1), np.repeat(steps, block, axis=1))
+        zero, steps = (np.repeat(a, block, axis=1)[:, : said["K"]] for a in (zero, steps))  # the last block may be cut
+        found[name] = (codes - zero, steps)
     return found
 
 
@@ -148,12 +150,13 @@ def of_safetensors(directory: Path) -> Integers:
 
     config = json.loads((directory / "config.json").read_text())["quantization_config"]
     (group,) = config["config_groups"].values()
-    bits, width = group["weights"]["num_bits"], group["weights"]["group_size"]
+    bits = group["weights"]["num_bits"]
     tensors = load_file(directory / "model.safetensors")
     found = {}
     for name in (n.removesuffix(".weight_packed") for n in tensors if n.endswith(".weight_packed")):
         part = {key: tensors.get(f"{name}.weight_{key}") for key in ("packed", "scale", "zero_point", "shape")}
         shape = tuple(part["shape"].tolist())
+        width = group["weights"]["group_size"] or shape[1]
         codes = unpack_from_int32(part["packed"], bits, shape).numpy().astype(int)
         if part["zero_point"] is not None:
             zero = unpack_from_int32(part["zero_point"], bits, (shape[0], shape[1] // width), packed_dim=0)
@@ -172,6 +175,22 @@ def solved(folder: Path, options: dict[str, Any], to: list[str]) -> Path:
     (stage,) = json.loads((folder / "out" / "report.json").read_text())["stages"]
     assert sum(f["solver"].startswith("gptq") for f in stage["figures"].values()) == 14
     return folder / "out"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_proof")
+@pytest.mark.parametrize("layout", ["int4-channel", "int4-channel-asym", "int8-channel", "int8-g16", "int3-g32"])
+def test_groups_that_end_in_the_middle_of_a_block(
+    layout: str, tiny_directory: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Rows of 96 columns in blocks of 64: ONNX cuts the last block, compressed-tensors has one scale a row or group."""
+    to = ["onnx", "safetensors"]
+    build = {"quantize": layout, "to": to, "work": tmp_path / "work", "threads": 1}
+    tightship.build(tiny_directory("llama"), output=tmp_path / "out", **build)
+    found = of_onnx(tmp_path / "out" / "onnx")
+    assert_same(found, of_safetensors(tmp_path / "out" / "safetensors"))
+    assert {codes.shape[1] for codes, _ in found.values()} == {64, 96}
+    assert all(len(np.unique(codes)) > 4 for codes, _ in found.values())
 
 
 def assert_same(one: Integers, other: Integers) -> None:
