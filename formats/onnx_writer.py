@@ -53,7 +53,7 @@ class Initializer:
     data_type: int
     shape: tuple[int, ...]
     nbytes: int
-    read: Callable[[], np.ndarray | Iterable[np.ndarray]]
+    read: Callable[[], np.ndarray | Iterator[np.ndarray]]
     same_as: str = ""
 
     @classmethod
@@ -195,7 +195,7 @@ def _bytes_of(item: Initializer) -> Iterator[memoryview]:
     """
     data = item.read()
     found = 0
-    for part in (data,) if isinstance(data, np.ndarray) else data:
+    for part in data if isinstance(data, Iterator) else (data,):
         array = np.ascontiguousarray(part)
         found += array.nbytes
         yield array.reshape(-1).view(np.uint8).data
