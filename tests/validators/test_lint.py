@@ -291,6 +291,19 @@ def test_rules_of_onnx(tmp_path: Path) -> None:
     assert told(clean, "genai") == {("genai-bos", "tokenizer_config.json")}
 
 
+@pytest.mark.parametrize(("encoder", "decoder"), [("clean", "faulty"), ("faulty", "clean")])
+def test_both_graphs_of_two_stacks_are_read(encoder: str, decoder: str, tmp_path: Path) -> None:
+    made = {
+        "clean": onnx_directory(tmp_path / "clean", domain="", axis=1, zero=3),
+        "faulty": onnx_directory(tmp_path / "faulty", domain="com.microsoft", axis=None, zero=2),
+    }
+    both = tmp_path / "both"
+    both.mkdir()
+    (made[encoder] / "model.onnx").rename(both / "encoder_model.onnx")
+    (made[decoder] / "model.onnx").rename(both / "decoder_model_merged.onnx")
+    assert found(both, "trt") == {"vendor-operators", "zero-point-types", "axis-said"}
+
+
 def test_the_command_line(source: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = artifact(source, tmp_path / "out")
     assert main(["lint", str(folder), "--for", "vllm", "--json"]) == 0

@@ -77,11 +77,11 @@ class Artifact:
         return read_shards(min(set(self.directory.glob("*.gguf")) - {self.directory / name for name in NO_MODELS}))
 
     @functools.cached_property
-    def onnx(self) -> Any:
-        """The ONNX graph, without its data."""
+    def graphs(self) -> list[Any]:
+        """The ONNX graphs, an encoder's and a decoder's where there are two, without their data."""
         import onnx
 
-        return onnx.load(min(self.directory.glob("*.onnx")), load_external_data=False)
+        return [onnx.load(path, load_external_data=False).graph for path in sorted(self.directory.glob("*.onnx"))]
 
     def json(self, name: str) -> dict[str, Any]:
         """A small JSON file; empty where there is none."""

@@ -50,25 +50,28 @@ def genai_bos(artifact: Artifact) -> Found:
 @rule("vendor-operators", "onnx", "trt", "loud", "onnx-tensorrt docs/operators.md: no com.microsoft operators")
 def vendor_operators(artifact: Artifact) -> Found:
     """Use a -portable scheme."""
-    for kind in sorted({node.op_type for node in artifact.onnx.graph.node if node.domain == "com.microsoft"}):
+    nodes = [node for graph in artifact.graphs for node in graph.node]
+    for kind in sorted({node.op_type for node in nodes if node.domain == "com.microsoft"}):
         yield kind, "is not in the parser's list; build with a -portable scheme"
 
 
 @rule("zero-point-types", "onnx", "trt", "quiet", f"{_TRT}: UINT8 zero points are treated as INT8")
 def zero_point_types(artifact: Artifact) -> Found:
     """Zero points of Q/DQ."""
-    types = {tensor.name: tensor.data_type for tensor in artifact.onnx.graph.initializer}
-    for node in artifact.onnx.graph.node:
-        linear = node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2
-        if linear and types.get(node.input[2]) == _UINT8:
-            yield node.input[2], "an UINT8 zero point is read as INT8"
+    for graph in artifact.graphs:
+        types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+        for node in graph.node:
+            linear = node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2
+            if linear and types.get(node.input[2]) == _UINT8:
+                yield node.input[2], "an UINT8 zero point is read as INT8"
 
 
 @rule("axis-said", "onnx", "trt", "quiet", f"{_TRT}: a missing axis is 0, ONNX says 1")
 def axis_said(artifact: Artifact) -> Found:
     """Scales by channel."""
-    sizes = {tensor.name: list(tensor.dims) for tensor in artifact.onnx.graph.initializer}
-    for node in artifact.onnx.graph.node:
-        by_channel = node.op_type == "DequantizeLinear" and sizes.get(node.input[1])
-        if by_channel and not any(attribute.name == "axis" for attribute in node.attribute):
-            yield node.input[1], "has several scales and no axis"
+    for graph in artifact.graphs:
+        sizes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+        for node in graph.node:
+            by_channel = node.op_type == "DequantizeLinear" and sizes.get(node.input[1])
+            if by_channel and not any(attribute.name == "axis" for attribute in node.attribute):
+                yield node.input[1], "has several scales and no axis"
