@@ -3,7 +3,7 @@
 | computed in float16                                   | float32                                                   |
 |-------------------------------------------------------|-----------------------------------------------------------|
 | MatMul by a weight stored in float16, but the logits' | logits, norms, the residual sum                           |
-| attention, rotation, the cache of keys and values     | softmax (`softmax_precision`, or the kernel's own way)    |
+| attention, rotation, the caches of keys and values    | softmax (`softmax_precision`, or the kernel's own way)    |
 | biases, activations, gates: fed by the above alone    | masks, angles, everything else                            |
 
 The residual sum is float32 since it outgrows float16 in families trained in bfloat16. Masks are cut at float16's lowest
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _FLOAT, _FLOAT16 = 1, 10
 _LOWEST = np.float32(np.finfo(np.float16).min)
 _ATTENTION = ("Attention", "GroupQueryAttention")
+_JOINED = "Concat"  # keys and values of the cross-attention, with those that its cache holds
 _BETWEEN = ("Add", "Mul", "Sigmoid", "Gelu", "Relu", "Tanh", "Clip", "Split", "Reshape", "Transpose", "RotaryEmbedding")
 _MASKS = {"Attention": 3, "GroupQueryAttention": 10}
 _OTHERWISE = {"Reshape": (1,), "Split": (1,), "RotaryEmbedding": (3,), "GroupQueryAttention": (5, 6, 9)}  # integers
@@ -55,6 +56,8 @@ class _Half:
 
     def _belongs(self, node: ir.Node) -> bool:
         if node.op_type in _ATTENTION:
+            return True
+        if node.op_type == _JOINED and node.outputs[0].is_graph_output():
             return True
         if any(value.is_graph_output() for value in node.outputs):
             return False
@@ -110,7 +113,7 @@ def _cache(graph: ir.Graph) -> list[ir.Value]:
     present = [value for value in graph.outputs if str(value.name).startswith("present.")]
     nodes = [reader for value in past for reader, _ in value.uses()]
     nodes += [node for value in present if (node := value.producer()) is not None]
-    if any(node.op_type not in _ATTENTION for node in nodes):
+    if any(node.op_type not in (*_ATTENTION, _JOINED, "Shape") for node in nodes):
         raise Unsupported(
             "float16 is for caches of plain attention; this family computes with its own in float32",
             hint="use the scheme fp16: stored so, computed in float32",

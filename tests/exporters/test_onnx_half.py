@@ -15,12 +15,14 @@ from tightship.errors import Unsupported
 from tightship.exporters.onnx_assemble import write_graph
 from tightship.exporters.onnx_candidates.direct import DirectCandidate
 from tightship.exporters.onnx_candidates.fused import FusedCandidate
+from tightship.exporters.onnx_candidates.skeleton import DECODER, MAIN
 from tightship.exporters.onnx_schemes import style_of
 from tightship.exporters.to_onnx import OnnxExporter
 from tightship.modelview import ModelView
 from tightship.target import Target
 from tightship.validators.parity import relative_l2
-from tightship.validators.runtimes.onnx_runtime import Graph, open_session
+from tightship.validators.runtimes.onnx_pair import Pair
+from tightship.validators.runtimes.onnx_runtime import Graph, open_graph
 from tightship.validators.tolerances import tolerances
 from tightship.weights import Alias, Dense
 
@@ -33,12 +35,12 @@ def halved(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint.with_weights({n: Dense.of(w.value().astype(np.float16)) for n, w in changed.items()})
 
 
-def written(checkpoint: Checkpoint, folder: Path, scheme: str) -> Graph:
+def written(checkpoint: Checkpoint, folder: Path, scheme: str) -> Graph | Pair:
     style = style_of(Target("onnx", scheme))
     source = FusedCandidate(DirectCandidate()) if style.fused else DirectCandidate()
     shapes = {name: tuple(checkpoint.resolve(name).shape) for name in checkpoint.weights}
     write_graph(source.build(checkpoint.config, checkpoint.architecture, shapes), checkpoint, folder, style)
-    return Graph(open_session(folder / "model.onnx", "shipped"))
+    return open_graph(next(path for path in map(folder.joinpath, (MAIN, DECODER)) if path.exists()), "shipped")
 
 
 @pytest.mark.parametrize("scheme", ["fp16-compute", "fp16-compute-portable"])
@@ -68,10 +70,28 @@ def test_an_encoder_in_float16(tiny: Tiny, tmp_path: Path) -> None:
         assert 1e-5 < relative_l2(got[name], wanted) <= LIMIT
 
 
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_encoder_and_its_decoder_in_float16(tiny: Tiny, tmp_path: Path, family: str) -> None:
+    """Both caches hold float16, and steps compute what one pass does."""
+    checkpoint = halved(tiny(family))
+    rng = np.random.default_rng(0)
+    arrays = {"input_ids": rng.integers(7, 96, (3, 12)), "decoder_input_ids": rng.integers(7, 96, (3, 9))}
+    arrays["attention_mask"] = (np.arange(12) >= np.array([[0], [3], [5]])).astype(np.int64)
+    expected = ModelView(checkpoint).outputs(
+        arrays["input_ids"], arrays["attention_mask"], None, arrays["decoder_input_ids"]
+    )["logits"]
+    graph = written(checkpoint, tmp_path, "fp16-compute-portable")
+    for found in (graph.outputs(arrays), graph.decode(arrays, 2)):
+        assert 1e-5 < relative_l2(found["logits"], expected) <= LIMIT
+    decoder = onnx.load(tmp_path / DECODER, load_external_data=False).graph
+    caches = [v for v in (*decoder.input, *decoder.output) if v.name.startswith(("past_key_values.", "present."))]
+    assert {v.type.tensor_type.elem_type for v in caches} == {TensorProto.FLOAT16}
+
+
 def test_what_is_computed_in_which_type(tiny: Tiny, tmp_path: Path) -> None:
     """By onnx's own inference: products and attention in float16, norms, sums, softmax and logits in float32."""
     graph = written(halved(tiny("llama")), tmp_path, "fp16-compute-portable")
-    model = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "model.onnx"), strict_mode=True)
+    model = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / MAIN), strict_mode=True)
     kinds = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.output)}
     by_type: dict[str, list[int]] = {}
     for node in model.graph.node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,14 @@ import transformers
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Malformed, Unsupported
 from tightship.exporters.to_onnx import OnnxExporter
+from tightship.exporters.to_safetensors import SafetensorsExporter
+from tightship.formats.layouts import parse_layout
 from tightship.modelview import ModelView
 from tightship.opening import open_checkpoint
 from tightship.target import Exported, Target
 from tightship.validators.bench import subjects
 from tightship.validators.parity import judge, relative_l2
+from tightship.validators.runtimes import transformers_client
 from tightship.validators.runtimes.onnx_runtime import open_graph
 from tightship.validators.stored_onnx import OnnxStored
 from tightship.weights import Dense, Quantized
@@ -27,6 +31,7 @@ from tightship.weights import Dense, Quantized
 EXPORTER = OnnxExporter(judge=judge)
 TABLE = "shared.weight"
 LIMIT = 1e-5
+TOKENS = 64
 FLOATS = {"f32": np.float32, "f16": np.float16}
 Export = Callable[..., tuple[Checkpoint, Path, Exported]]
 
@@ -90,6 +95,57 @@ def test_every_scheme_computes_its_weights_and_steps_are_one_pass(
     stored = OnnxStored(solved, folder / exported.main)
     for name in (TABLE, "encoder.block.1.layer.0.SelfAttention.q.weight"):
         np.testing.assert_array_equal(stored.value(name), solved.resolve(name).value())
+
+
+def varied(checkpoint: Checkpoint) -> Checkpoint:
+    """A random model says one token over and over, unless its last token and place outweigh what is always the same."""
+    words = {
+        "t5": {TABLE: 16, "relative_attention_bias.weight": 8},
+        "bart": {
+            "decoder.embed_positions.weight": 8,
+            ".bias": 0,
+            "norm.weight": 4,
+            "fc2.weight": 0.1,
+            "out_proj.weight": 0.1,
+        },
+    }
+    changed = {}
+    for ending, factor in words[checkpoint.architecture.family].items():
+        for name in (name for name in checkpoint.weights if name.endswith(ending)):
+            changed[name] = Dense.of(checkpoint.resolve(name).value() * np.float32(factor))
+    if checkpoint.architecture.family == "bart":
+        return checkpoint.with_weights(changed)
+    head = np.random.default_rng(1).normal(0, 1, checkpoint.resolve(TABLE).shape).astype(np.float32)
+    config = {**checkpoint.config, "tie_word_embeddings": False}
+    return checkpoint.replace(config=config).with_weights({**changed, "lm_head.weight": Dense.of(head)})
+
+
+@pytest.mark.parametrize("word", ["int4", "int4-asym", "int8"])
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_greedy_text_is_that_of_the_safetensors_twin(
+    family: str, word: str, tiny: Callable[[str], Checkpoint], tmp_path: Path
+) -> None:
+    """One solve, two artifacts: 64 tokens of our loop over both graphs, and of transformers' own generation."""
+    checkpoint = varied(tiny(family))
+    layout = parse_layout(word)
+    rounded = {i.name: layout.quantize(checkpoint.weights[i.name].value()) for i in checkpoint.linears()}
+    solved = checkpoint.with_weights({name: Quantized.of(layout, arrays) for name, arrays in rounded.items()})
+    folders = {}
+    for exporter in (EXPORTER, SafetensorsExporter()):
+        container = exporter.container
+        folders[container] = tmp_path / container
+        folders[container].mkdir()
+        exporter.export(solved, exporter.plan(solved, Target(container)), folders[container])
+    config = json.loads((folders["safetensors"] / "config.json").read_text())
+    model = transformers_client.load(folders["safetensors"], config, "graph")
+    source = np.random.default_rng(1).integers(7, 96, 12)
+    written = model.generate(
+        torch.from_numpy(source[None]), do_sample=False, num_beams=1, max_new_tokens=TOKENS, min_new_tokens=TOKENS,
+        eos_token_id=None, forced_bos_token_id=None, forced_eos_token_id=None,
+    )[0].numpy()  # fmt: skip
+    assert len(set(written.tolist())) > TOKENS // 4
+    pair = open_graph(folders["onnx"] / "decoder_model_merged.onnx", "graph")
+    np.testing.assert_array_equal(pair.greedy(source, TOKENS, int(written[0])), written[1:])
 
 
 def test_what_both_graphs_read_is_stored_once_and_found_by_clients(export: Export, t5: Checkpoint) -> None:
