@@ -8,8 +8,11 @@ rounded to int4 (group 32, to nearest); the joint sweep prunes and rounds at onc
 bootstrap intervals over test windows of the mean difference to uniform SparseGPT, paired by window and averaged over
 the subsets before resampling.
 
-Writes sparsity-NAME.json and .md, rewritten after every row; rows that are there already are not computed again, so
-that `--minutes`, after which no new row is begun, cuts a long table into short runs.
+With `--scopes`: Wanda and SparseGPT as they are, and with one threshold for all matrices (scope `global`).
+
+Writes sparsity-NAME.json and .md (with `--scopes`: sparsity-scopes-NAME), rewritten after every row; rows that are
+there already are not computed again, so that `--minutes`, after which no new row is begun, cuts a long table into short
+runs.
 """
 
 from __future__ import annotations
@@ -163,6 +166,17 @@ def fill(bench: Bench, subsets: int, levels: list[str]) -> None:
                 bench.row(subset, level, f"{how}, int4", functools.partial(_rounded, quantize, made, bench.run))
 
 
+def fill_scopes(bench: Bench, subsets: int, levels: list[str]) -> None:
+    """What a weight is compared with: the method's own scope, or all weights of the model."""
+    bench.row(-1, "dense", "dense", lambda: bench.checkpoint)
+    for subset, level in ((s, level) for s in range(subsets) for level in levels if ":" not in level):
+        for method in ("wanda", "sparsegpt"):
+            options = {"method": method, **amount(level)}
+            bench.row(subset, level, method, functools.partial(bench.prune, subset, "prune", options))
+            options["scope"] = "global"
+            bench.row(subset, level, f"{method}, global", functools.partial(bench.prune, subset, "prune", options))
+
+
 def _rounded(quantize: Pass, made: Callable[[], Checkpoint], run: Run) -> Checkpoint:
     return quantize.apply(made(), run)
 
@@ -189,6 +203,8 @@ def table(report: dict[str, Any]) -> str:
     ]
     for kind, title in (("", "Pruned"), (", int4", "Pruned, then int4 on top")):
         names = [h for h in dict.fromkeys(r["how"] for r in rows) if ("int4" in h) == bool(kind)]
+        if not names:
+            continue
         lines += [f"## {title}", "", "| | " + " | ".join(LEVELS) + " |", "|---|" + "---|" * len(LEVELS)]
         for how in names:
             cells = [_cell(rows, level, how, f"sparsegpt{kind}") for level in LEVELS]
@@ -196,6 +212,8 @@ def table(report: dict[str, Any]) -> str:
                 cells[0] = f"{rows[[r['how'] for r in rows].index(how)]['perplexity']:.2f} (nothing pruned)"
             lines.append(f"| {how} | " + " | ".join(cells) + " |")
         lines.append("")
+    if "scopes" in report["settings"]:
+        return "\n".join(lines)
     lines += ["## Set beside the published figures", ""]
     lines += [_beside(rows, level) for level in ("70 %", "80 %")]
     lines += [f"- {name}, WikiText-2, 70 % and more: {a / b:.3f} ({a} / {b})" for name, (a, b) in PUBLISHED.items()]
@@ -251,6 +269,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--subsets", type=int, default=3)
     parser.add_argument("--levels", nargs="*", default=LEVELS)
+    parser.add_argument("--scopes", action="store_true", help="compare scopes instead")
     parser.add_argument("--tokens", type=int, default=4096, help="calibration tokens of a subset")
     parser.add_argument("--test-tokens", type=int, default=6144)
     parser.add_argument("--sequence", type=int, default=256)
@@ -274,7 +293,7 @@ def main() -> None:
         "tuning": token_windows(checkpoint, parts[-1:], tokens=options.test_tokens // 2, sequence=options.sequence),
     }
     whole = {name: np.stack([w for w in found if len(w) == options.sequence]) for name, found in windows.items()}
-    stem = options.out / f"sparsity-{checkpoint.name}"
+    stem = options.out / f"sparsity-{'scopes-' if options.scopes else ''}{checkpoint.name}"
     settings = {
         "calibration": f"{options.calibration.name}, {options.subsets} parts, {options.tokens} tokens of each",
         "test": f"{options.test.name}, {whole['test'].size} tokens in windows of {options.sequence}",
@@ -282,6 +301,8 @@ def main() -> None:
         "search": f"{options.trials} trials",
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
     }
+    if options.scopes:
+        settings["scopes"] = "wanda's rows and sparsegpt's runs of columns, against all matrices together (global)"
     report: dict[str, Any] = {"checkpoint": checkpoint.name, "settings": settings, "rows": []}
     known = stem.with_suffix(".json")
     if known.exists() and json.loads(known.read_text())["settings"] == settings:
@@ -295,7 +316,7 @@ def main() -> None:
     run = Run(threads=options.threads, tokens=options.tokens, sequence=options.sequence)
     deadline = time.monotonic() + 60 * options.minutes
     bench = Bench(checkpoint, run, parts, whole, options.trials, save, report, deadline)
-    fill(bench, options.subsets, options.levels)
+    (fill_scopes if options.scopes else fill)(bench, options.subsets, options.levels)
 
 
 if __name__ == "__main__":

@@ -146,14 +146,15 @@ def build(as_json: bool, quiet: bool, verbose: bool, dry_run: bool, **options: A
 
 
 @cli.command(
-    short_help="What a build would do, without reading weights.",
+    short_help="What a build would do, in seconds.",
     help="""
 \b
 Examples:
   tightship plan examples/ember --quantize int4 --to gguf --to onnx
   tightship plan MODEL --recipe recipe.yaml --json
 
-What a build would do: stages, layout and bytes of each tensor in each target, memory, disk. Reads no weights.
+What a build would do: stages, layout and bytes of each tensor in each target, memory, disk. Reads no weights, but for
+a sample of rows where pruning, factors or lost zeros may be worth a warning.
 """,
 )
 @build_options

@@ -45,7 +45,7 @@ class Plan:
         scratch_bytes: disk in the work directory: stored stages, solved integers, the proof's graphs.
         memory_bytes: upper estimate; `export` without, `proof` with the reference runs.
         notes: remarks for the user, complaints about order that were let through among them.
-        warnings: what speaks against taking weights from this model; the report repeats them.
+        warnings: what speaks against taking weights from this model, or filling its zeros; the report repeats them.
     """
 
     recipe: Recipe
@@ -171,7 +171,11 @@ def make_plan(recipe: Recipe, settings: Settings, *, progress: Progress = no_pro
         scratch_bytes=scratch,
         memory_bytes=_memory(source, proof.limits.memory_bytes if mapped else None),
         notes=tuple(notes),
-        warnings=warnings(source, {word for stage in stages for word in stage.work.makes}),
+        warnings=warnings(
+            source,
+            {word for stage in stages for word in stage.work.makes},
+            {t.plan.target.id: t.outline for t in targets},
+        ),
     )
 
 

@@ -1,4 +1,4 @@
-"""What is worth knowing before a model is pruned, cut or factored: warnings, never errors.
+"""What is worth knowing before a model is pruned, cut, factored, or loses its zeros: warnings, never errors.
 
 | warning          | when                                         | why                                                |
 |------------------|----------------------------------------------|----------------------------------------------------|
@@ -8,6 +8,8 @@
 |                  |                                              | (arXiv:2301.00774, arXiv:2409.20094)               |
 | precision counts | a matrix with ten times a Gaussian's         | few weights carry much; zeros or coarse grids may  |
 |                  | kurtosis or more                             | hit them                                           |
+| zeros get lost   | the same 5 %, and a target's grid without an | Q4_K and its like keep a zero in a thousand: what  |
+|                  | exact zero                                   | was pruned elsewhere is dense again                |
 
 Looked at are the first rows of a few matrices, so that a plan stays a matter of seconds.
 """
@@ -15,29 +17,60 @@ Looked at are the first rows of a few matrices, so that a plan stays a matter of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 
 from tightship.checkpoint import Checkpoint
-from tightship.weights import Dense
+from tightship.weights import Dense, Quantized
 
 SPARSE, SMALL, HEAVY = 0.05, 200_000_000, 30.0
 _MATRICES, _WEIGHTS = 16, 1 << 16
 
 
-def warnings(checkpoint: Checkpoint, makes: Iterable[str]) -> tuple[str, ...]:
-    """Remarks for a build whose passes make the properties `makes` (see `passes.base`); () where none takes away."""
-    if not {"mask", "structure", "factors"} & set(makes):
+def warnings(
+    checkpoint: Checkpoint, makes: Iterable[str], outlines: Mapping[str, Checkpoint] = MappingProxyType({})
+) -> tuple[str, ...]:
+    """Remarks for a build; () where nothing is taken away, and no target can lose a zero.
+
+    Args:
+        makes: properties that its passes make (see `passes.base`).
+        outlines: target's id -> what is exported there, without data.
+    """
+    takes = bool({"mask", "structure", "factors"} & set(makes))
+    filling = {target: words for target, outline in outlines.items() if (words := _without_zero(outline))}
+    if not takes and not filling:
         return ()
     sample = _sample(checkpoint)
-    found = [_sparse(sample), _small(checkpoint), _heavy(sample)]
+    found = [_lost(sample, target, words) for target, words in filling.items()]
+    found += [_sparse(sample), _small(checkpoint), _heavy(sample)] if takes else []
     return tuple(text for text in found if text)
 
 
-def _sparse(sample: dict[str, np.ndarray]) -> str | None:
+def _without_zero(outline: Checkpoint) -> list[str]:
+    """Grids of the linears that say no exact zero, by name."""
+    weights = [outline.resolve(info.name) for info in outline.linears()]
+    return sorted({w.layout.name for w in weights if isinstance(w, Quantized) and not w.layout.keeps_zero})
+
+
+def _share(sample: dict[str, np.ndarray]) -> float:
+    """Of zeros."""
     total = sum(values.size for values in sample.values())
-    share = sum(int((values == 0).sum()) for values in sample.values()) / max(total, 1)
+    return sum(int((values == 0).sum()) for values in sample.values()) / max(total, 1)
+
+
+def _lost(sample: dict[str, np.ndarray], target: str, grids: list[str]) -> str | None:
+    if _share(sample) < SPARSE:
+        return None
+    return (
+        f"{_share(sample):.0%} of the weights looked at are zero, and {', '.join(grids)} in {target} holds no exact "
+        "zero; a prune pass with that sparsity would demand that they stay"
+    )
+
+
+def _sparse(sample: dict[str, np.ndarray]) -> str | None:
+    share = _share(sample)
     if share < SPARSE:
         return None
     return f"the model is sparse already: {share:.0%} of the weights looked at are zero, and any sparsity counts them"

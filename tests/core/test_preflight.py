@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tightship import preflight
 from tightship.checkpoint import Checkpoint
@@ -17,6 +19,8 @@ from tightship.settings import Settings
 from tightship.target import Target
 from tightship.validators.render import render
 from tightship.weights import Dense
+
+EMBER = Path(__file__).parents[2] / "examples" / "ember"
 
 
 @pytest.fixture
@@ -53,6 +57,23 @@ def test_constructed_faults(
     (found,) = preflight.warnings(changed(before, change), {"mask"})
     assert re.search(words, found)
     assert preflight.warnings(changed(before, change), {"grid"}) == ()
+
+
+@pytest.mark.parametrize(("scheme", "count"), [("q4_k_m", 1), ("q8_0", 0), (None, 0)])
+def test_a_pruned_source_whose_zeros_a_target_would_fill(scheme: str | None, count: int, tmp_path: Path) -> None:
+    source = shutil.copytree(EMBER, tmp_path / "sparse")
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    for name, values in tensors.items():
+        if "_proj" in name:
+            values[:, ::4] = 0
+    save_file(tensors, file, {"format": "pt"})
+    for folder, expected in ((EMBER, 0), (source, count)):
+        plan = make_plan(Recipe(source=str(folder), targets=(Target("gguf", scheme),)), Settings(tmp_path))
+        assert len(plan.warnings) == expected
+    if count:
+        assert "25% of the weights" in plan.warnings[0]
+        assert "q4_k" in plan.warnings[0]
 
 
 def test_kurtosis_by_definition() -> None:

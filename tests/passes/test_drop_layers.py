@@ -13,7 +13,7 @@ from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported, UsageError
 from tightship.passes import pass_for
 from tightship.passes.base import Run
-from tightship.weights import Alias
+from tightship.weights import Alias, Dense
 
 
 def dropped(checkpoint: Checkpoint, *layers: int) -> Checkpoint:
@@ -83,6 +83,18 @@ def test_a_count_is_outlined_without_text(tiny: Callable[[str], Checkpoint]) -> 
     step = pass_for("drop-layers", {"count": 1})
     assert step.needs == "calibration"
     assert step.outline(tiny("llama")).config["num_hidden_layers"] == 1
+
+
+def test_a_block_that_adds_nothing_goes_first_and_is_not_missed(
+    tiny: Callable[[str], Checkpoint], outputs: Callable[[Checkpoint], np.ndarray], calibrated: Run
+) -> None:
+    """Both matrices by which the second block writes to the stream are zero, so it hands on what it gets."""
+    before = tiny("llama")
+    writers = [f"model.layers.1.{name}.weight" for name in ("self_attn.o_proj", "mlp.down_proj")]
+    before = before.with_weights({name: Dense.of(np.zeros(before.weights[name].shape, np.float32)) for name in writers})
+    after = pass_for("drop-layers", {"count": 1}).apply(before, calibrated)
+    assert after.history[-1] == {"dropped": [1]}
+    np.testing.assert_array_equal(outputs(after), outputs(before))
 
 
 def test_influence_is_that_of_transformers_hidden_states(

@@ -245,6 +245,32 @@ def test_gradients_through_both_stacks(tiny: Callable[[str], Checkpoint]) -> Non
         np.testing.assert_allclose(gradient, module.get_parameter(name).grad.numpy(), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("method", "scope"),
+    [("gradient", "tensor"), ("gradient", "row"), ("gradient", "global"), ("sensitivity", "tensor"),
+     ("sensitivity", "row")],
+)  # fmt: skip
+def test_gradient_scores_by_definition(ember: Checkpoint, method: str, scope: str) -> None:
+    """Masks against scores from transformers' own loss, window by window."""
+    score = {"gradient": lambda w, g: w.abs() * g.abs(), "sensitivity": lambda w, g: (w * g) ** 2}[method]
+    module = ModelView(ember).module()
+    names = list(matrices(ember))
+    total = dict.fromkeys(names, 0.0)
+    for window in calibration_windows(ember, run_with()):
+        module.zero_grad()
+        ids = torch.from_numpy(window[None])
+        module(ids, labels=ids).loss.backward()
+        for name in names:
+            w = module.get_parameter(name)
+            total[name] += score(w.detach().double(), w.grad.double())
+    found = matrices(Prune(method=method, sparsity=0.5, scope=scope).apply(ember, run_with()))
+    level = torch.cat([s.reshape(-1) for s in total.values()]).median()
+    for name, s in total.items():
+        threshold = {"tensor": s.median(), "row": s.median(dim=1, keepdim=True).values, "global": level}[scope]
+        differing = (found[name] == 0) != (s <= threshold).numpy()
+        assert differing.mean() <= 1e-3, name  # float32 gradients; ties
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt2", "phi3", "bart"])
 @pytest.mark.parametrize("method", [*CALIBRATED, "sensitivity"])
 def test_experts_turned_and_fused_matrices_and_two_stacks(

@@ -58,6 +58,26 @@ def test_cutting_silent_units_leaves_logits_as_they_are(
     assert not np.allclose(outputs(silent), outputs(checkpoint), atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "space"),
+    [("llama", "ffn"), ("llama", "heads"), ("mixtral", "ffn"), ("qwen3", "heads"), ("gpt2", "ffn"), ("opt", "ffn")],
+)
+def test_the_pass_finds_the_silent_units(
+    name: str,
+    space: str,
+    tiny: Callable[[str], Checkpoint],
+    assert_lossless: Callable[[Checkpoint, Checkpoint], None],
+    calibrated: Run,
+) -> None:
+    """Nobody tells it which units go, and what stays needs no refitting."""
+    found = space_of(tiny(name), space)
+    gone = found.units // 2 if space == "heads" else 32
+    silent = with_silent_units(tiny(name), space, gone)
+    after = pass_for("prune-structured", {space: gone / found.units, "multiple": 16}).apply(silent, calibrated)
+    assert set(after.widths(list(found.widths)[-1])) == {(found.units - gone) * list(found.widths.values())[-1]}
+    assert_lossless(after, silent)
+
+
 def test_a_cut_model_loads_in_transformers_without_us(
     tiny: Callable[[str], Checkpoint], tmp_path: Path, outputs: Callable[[Checkpoint], np.ndarray], calibrated: Run
 ) -> None:
