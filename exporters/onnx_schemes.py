@@ -23,6 +23,7 @@ Options: `profile: portable`, `layout` (another affine layout for the integers),
 `folder: onnx` (the graph lies in `onnx/`, where transformers.js and sentence-transformers look on a model hub),
 `experts: qmoe` (the experts of a block are one node, where all of them are symmetric integers of 4 bits: faster for
 single tokens, slower for prompts),
+`logits: last` (of a decoder: those of a prompt's last token, unless it is asked for more),
 `shapes: {batch_size: 1, sequence_length: 128}` (of an encoder; either axis alone, too; open axes take any size).
 """
 
@@ -50,7 +51,7 @@ DYNAMIC = "int8-dynamic"
 STATIC = "int8-static"
 ROUNDED = {STATIC: "int8-static-asym"}  # scheme -> the word for its activations
 _WORDS = (DYNAMIC, "int8-static", "int8-static-asym")  # for activations
-OPTIONS = ("profile", "layout", "include", "accuracy_level", "folder", "shapes", "experts")
+OPTIONS = ("profile", "layout", "include", "accuracy_level", "folder", "shapes", "experts", "logits")
 PORTABLE = "-portable"
 FIXABLE = ("batch_size", "sequence_length")
 _INCLUDABLE = {"embeddings": "embedding", "head": "head"}
@@ -68,8 +69,8 @@ def style_of(target: Target) -> Style:
     portable = standard or options.get("profile") == "portable"
     if portable and "experts" in options:
         raise UsageError("experts: qmoe is ONNX Runtime's own operator", hint="leave `portable` out, or `experts`")
-    level, one_node = int(options.get("accuracy_level", 4)), "experts" in options
-    return Style(portable, level, scheme == DYNAMIC, half=scheme == HALF, one_node=one_node)
+    level, one_node, last = int(options.get("accuracy_level", 4)), "experts" in options, options.get("logits") == "last"
+    return Style(portable, level, scheme == DYNAMIC, half=scheme == HALF, one_node=one_node, last=last)
 
 
 def style_for(checkpoint: Checkpoint, target: Target) -> Style:
@@ -142,6 +143,7 @@ def _options(target: Target) -> Mapping[str, Any]:
         "accuracy_level": (0, 1, 4),
         "folder": ("onnx",),
         "experts": ("qmoe",),
+        "logits": ("last", "all"),
     }
     for key, value in target.options.items():
         if key not in (*OPTIONS, "solver"):

@@ -50,6 +50,7 @@ class Style:
         rounded: the same, for some of them in calibrated ranges, as the checkpoint says.
         half: products and attention are computed in float16.
         one_node: the experts of a block are one node of ONNX Runtime.
+        last: logits are those of the last token, unless more are asked for.
     """
 
     portable: bool = False
@@ -58,6 +59,7 @@ class Style:
     rounded: bool = False
     half: bool = False
     one_node: bool = False
+    last: bool = False
 
     @property
     def integers(self) -> bool:

@@ -23,6 +23,7 @@ from tightship.exporters.onnx_candidates.fused import shares_cache
 from tightship.exporters.onnx_candidates.graph_edits import fix_axes
 from tightship.exporters.onnx_candidates.skeleton import (
     DECODER,
+    DECODER_TASKS,
     MAIN,
     SEQ2SEQ,
     Choice,
@@ -33,7 +34,7 @@ from tightship.exporters.onnx_candidates.skeleton import (
 from tightship.exporters.onnx_schemes import PORTABLE, ROUNDED, fixed_shapes, layouts_of, style_for, style_of
 from tightship.exporters.onnx_speed import SLOW_HALF, speed_notes
 from tightship.exporters.onnx_stacks import check_experts, stack_words
-from tightship.exporters.onnx_storage import IN_FLOAT32, storage
+from tightship.exporters.onnx_storage import IN_FLOAT32, Style, storage
 from tightship.exporters.onnx_units import left_out
 from tightship.layout import Layout
 from tightship.target import Exported, Progress, Refused, Target, TargetPlan, TensorPlan, no_progress, sorted_files
@@ -68,6 +69,8 @@ class OnnxExporter:
         Raises:
             Unsupported: ONNX cannot say a tensor's values exactly; the message names the nearest layouts.
         """
+        if target.options.get("logits") == "last" and checkpoint.architecture.task not in DECODER_TASKS:
+            raise Unsupported(f"logits: last is for decoders; this is a {checkpoint.architecture.task} model")
         outputs_of(checkpoint.architecture)
         style = style_for(checkpoint, target)
         fixed_shapes(checkpoint, target)
@@ -107,7 +110,7 @@ class OnnxExporter:
             GateFailed: the bytes written are not the planned ones.
         """
         style = style_for(checkpoint, plan.target)
-        choice, skeleton = _graph(checkpoint, self.judge, fused=style.fused, one_node=style.one_node)
+        choice, skeleton = _graph(checkpoint, self.judge, style)
         fix_axes(skeleton.model, fixed_shapes(checkpoint, plan.target))
         cache = cache_of(skeleton)
         main = main_of(checkpoint, plan.target)
@@ -128,7 +131,7 @@ def reference_graph(checkpoint: Checkpoint, directory: Path, judge: Judge) -> Pa
     """
     decoded = {name: w if isinstance(w, Alias) else _decoded(w) for name, w in checkpoint.weights.items()}
     plain = checkpoint.replace(weights=decoded)
-    _, skeleton = _graph(plain, judge, fused=False)
+    _, skeleton = _graph(plain, judge, Style(portable=True))
     write_graph(skeleton, plain, directory, style_of(Target("onnx")))
     return directory / main_of(plain, Target("onnx"))
 
@@ -170,14 +173,13 @@ def write_companions(checkpoint: Checkpoint, directory: Path, cache: Cache | Non
         path.write_bytes(data)
 
 
-def _graph(
-    checkpoint: Checkpoint, judge: Judge | None, *, fused: bool, one_node: bool = False
-) -> tuple[Choice, Skeleton]:
+def _graph(checkpoint: Checkpoint, judge: Judge | None, style: Style) -> tuple[Choice, Skeleton]:
     if judge is None:
         raise UsageError(
             "no graph source is trusted: an ONNX export needs a judge", hint="pass validators.parity.judge"
         )
-    choice = judge(candidates(fused=fused, one_node=one_node), checkpoint)
+    sources = candidates(fused=style.fused, one_node=style.one_node, last=style.last)
+    choice = judge(sources, checkpoint)
     shapes = {name: tuple(checkpoint.resolve(name).shape) for name in checkpoint.weights}
     return choice, choice.candidate.build(checkpoint.config, checkpoint.architecture, shapes)
 

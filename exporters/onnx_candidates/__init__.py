@@ -5,14 +5,20 @@ Exporters offer candidates, best first; a judge (validators/parity.py) decides w
 
 from __future__ import annotations
 
+from tightship.exporters.onnx_candidates.last_logits import LastLogitsCandidate
 from tightship.exporters.onnx_candidates.skeleton import Candidate
 
 
-def candidates(*, fused: bool = False, one_node: bool = False) -> tuple[Candidate, ...]:
+def candidates(*, fused: bool = False, one_node: bool = False, last: bool = False) -> tuple[Candidate, ...]:
     """Every graph source, in the order in which they are tried; `fused` puts graphs for ONNX Runtime alone first.
 
-    With `one_node`, those alone whose experts are one node a block.
+    With `one_node`, those alone whose experts are one node a block; with `last`, all of them give the last logits.
     """
+    found = _sources(fused=fused, one_node=one_node)
+    return tuple(map(LastLogitsCandidate, found)) if last else found
+
+
+def _sources(*, fused: bool, one_node: bool) -> tuple[Candidate, ...]:
     from tightship.exporters.onnx_candidates.capture import CaptureCandidate
     from tightship.exporters.onnx_candidates.direct import DirectCandidate
     from tightship.exporters.onnx_candidates.fused import FusedCandidate

@@ -54,6 +54,7 @@ SOURCE, PAST_SOURCE = "encoder_sequence_length", "past_encoder_sequence_length"
 DECODER_TASKS = ("text-generation",)
 SEQ2SEQ = "text2text-generation"
 IMAGES = "image-classification"
+KEPT = "num_logits_to_keep"  # an input with a default, as transformers.js calls it; see last_logits.py
 MAIN = "model.onnx"
 # Two graphs, by the names that optimum and transformers.js look for; theirs is called merged since it takes both the
 # start and single steps.

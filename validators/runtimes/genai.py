@@ -55,6 +55,8 @@ def logits(model: og.Model, prompt: np.ndarray, decode: int) -> np.ndarray:
     for start, stop in [(0, split), *((i, i + 1) for i in range(split, len(prompt)))]:
         loop.append_tokens(prompt[None, start:stop])
         parts.append(np.array(loop.get_output("logits"), np.float32))
+    if parts[0].shape[1] < split:  # logits of last tokens: then every token is one
+        return logits(model, prompt, len(prompt) - 1)
     return np.concatenate(parts, axis=1)
 
 

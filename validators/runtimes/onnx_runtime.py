@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tightship.errors import Malformed, Unsupported
-from tightship.exporters.onnx_candidates.skeleton import DECODER, ENCODER
+from tightship.exporters.onnx_candidates.skeleton import DECODER, ENCODER, KEPT
 from tightship.validators.runtimes.fixed_shapes import fixed_axes, in_boxes
 
 if TYPE_CHECKING:
@@ -139,6 +139,7 @@ class Graph:
         self.session = session
         self.inputs = {i.name: i for i in session.get_inputs()}
         self.names = [o.name for o in session.get_outputs()]
+        self.given = {i.name for i in session.get_overridable_initializers()}  # inputs with a default
         self.past = [name for name in self.inputs if name.startswith("past_")]
         self.present = [re.sub(r"^past(_key_values)?", "present", name) for name in self.past]
         missing = [name for name in self.present if name not in self.names]
@@ -225,6 +226,8 @@ class Graph:
         feeds = {
             name: value.astype(_TYPES[self.inputs[name].type]) for name, value in given.items() if name in self.inputs
         }
+        if KEPT in self.given:
+            feeds[KEPT] = np.zeros((), np.int64)  # all logits, not the last
         unfed = [name for name in self.inputs if name not in feeds and name not in past]
         if unfed:
             raise Malformed(f"the graph wants an input that nobody provides: {unfed[0]}")
