@@ -123,5 +123,6 @@ def main(source: str, scratch: Path, step: int, recipe: dict[str, Any]) -> dict[
 
 
 if __name__ == "__main__":
-    chosen = json.loads(Path(sys.argv[4]).read_text()) if len(sys.argv) > 4 else RECIPE
-    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), chosen)))
+    scratch, every = Path(sys.argv[2]), int(sys.argv[3])
+    chosen = json.loads(Path(sys.argv[4]).read_text()) if len(sys.argv) > 4 else {"build": RECIPE}
+    print(json.dumps({name: main(sys.argv[1], scratch / name, every, recipe) for name, recipe in chosen.items()}))

@@ -425,20 +425,16 @@ def test_import_is_light() -> None:
         tightship.no_such_thing  # noqa: B018
 
 
-def kill_points(tmp_path: Path, step: int, recipe: dict[str, Any] | None = None) -> dict[str, Any]:
+def kill_points(tmp_path: Path, step: int) -> dict[str, Any]:
     script = Path(__file__).with_name("kill_points.py")
-    words = [str(EMBER), str(tmp_path), str(step)]
-    if recipe is not None:
-        (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-        words.append(str(tmp_path / "recipe.json"))
     done = subprocess.run(
-        [sys.executable, "-P", str(script), *words],
+        [sys.executable, "-P", str(script), str(EMBER), str(tmp_path), str(step)],
         capture_output=True,
         text=True,
         timeout=300,
         check=True,
     )
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)["build"]
     assert found["wrong"] == []
     assert found["killed"] == found["events"] // step
     assert found["states"].keys() <= {"nothing", "whole"}
@@ -452,22 +448,3 @@ def test_kill_9_now_and_then(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_kill_9_at_every_third_event(tmp_path: Path) -> None:
     assert kill_points(tmp_path, 3)["events"] > 80
-
-
-@pytest.mark.slow
-def test_kill_9_in_the_middle_of_training(tmp_path: Path) -> None:
-    """Distilled on text of the teacher's own, recovered whole and block by block: the same bytes as without a kill."""
-    (tmp_path / "text.txt").write_text(
-        "The old ship lay at anchor in the bay, and nobody could say whence she came. " * 9
-    )
-    small = {"tokens": 192, "sequence": 32, "batch": 2, "snapshot": 2}
-    recipe = {
-        "passes": [
-            {"use": "distill", "with": {"student": {"every": 2}, "features": {"hidden": 1.0}, "written": 64, **small}},
-            {"use": "recover", "id": "tuned", "with": {"method": "norms", **small}},
-            {"use": "recover", "inputs": {"teacher": "tuned"}, "with": {"method": "blockwise", **small}},
-        ],
-        "calibration": {"text": str(tmp_path / "text.txt")},
-        "targets": [{"to": "safetensors"}],
-    }
-    assert kill_points(tmp_path, 9, recipe)["events"] > 40
