@@ -87,7 +87,7 @@ def plain(name: str, weight: Stored) -> Dense | Quantized:
     raise Unsupported(
         f"GGUF has no tensor made of factors (found rank {weight.rank})",
         tensor=name,
-        hint="merge: true in the low-rank pass; or ONNX or safetensors, which hold factors",
+        hint="with: {merge: true} for this target; or ONNX or safetensors, which hold factors",
     )
 
 

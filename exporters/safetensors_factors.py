@@ -34,7 +34,7 @@ FACTORED_STEM = "factored"
 ADAPTER = "adapter"
 _SIDES = ("right", "left")
 _TASKS = {"text-generation": "CAUSAL_LM", "text-classification": "SEQ_CLS"}
-_HINT = "merge: true in the low-rank pass, or ONNX"
+_HINT = "with: {merge: true} for this target, or ONNX"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 | file                              | index                              | read by                |
 |-----------------------------------|------------------------------------|------------------------|
 | model.safetensors                 | model.safetensors.index.json       | safetensors_file.py    |
+| factored.safetensors              | factored.safetensors.index.json    | safetensors_file.py    |
 | pytorch_model.bin                 | pytorch_model.bin.index.json       | torch_bin.py           |
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 from tightship.errors import Malformed, Unsupported, UsageError
 from tightship.formats.safetensors_file import read_header
 from tightship.formats.torch_bin import read_bin
+from tightship.low_rank_files import FACTORED
 from tightship.untrusted import strict_json
 from tightship.weights import Dense
 
@@ -37,7 +39,11 @@ def _read_safetensors(path: Path) -> dict[str, Dense]:
     return {name: header.dense(name) for name in header.entries}
 
 
-_KINDS = (("model.safetensors", _read_safetensors), ("pytorch_model.bin", read_bin))
+_KINDS = (
+    ("model.safetensors", _read_safetensors),
+    (FACTORED, _read_safetensors),
+    ("pytorch_model.bin", read_bin),
+)
 
 
 def read_weights(names: set[str], resolve: Resolve) -> WeightFiles:

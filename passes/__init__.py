@@ -17,6 +17,7 @@ _MODULES = (
     "prune",
     "prune_quantize",
     "low_rank",
+    "merge",
     "imatrix",
     "smooth",
     "rotate",

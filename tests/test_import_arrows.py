@@ -29,6 +29,7 @@ KNOWS_THE_ROOMS = {
     "recipe",
     "gguf_config",
     "gguf_source",
+    "low_rank_files",
     "doctor",
     "logprobs",
 }

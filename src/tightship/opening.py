@@ -14,9 +14,10 @@ from tightship.activations import Activations
 from tightship.architecture import Architecture, TensorInfo, architecture_for
 from tightship.checkpoint import Checkpoint, Source, check_tensors
 from tightship.errors import Malformed, Unsupported, UsageError
+from tightship.low_rank_files import adapter_files, corrected, joined, take_ranks
 from tightship.sidecars import Folder, read_config, take_quantization
 from tightship.target import Progress, no_progress
-from tightship.weights import Alias, Dense, Quantized, Weight
+from tightship.weights import Alias, Dense, Quantized, Stored, Weight
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]+)?")
 _CHUNK = 1 << 24
@@ -73,13 +74,15 @@ def open_directory(
 
     folder = Folder(path)
     config = read_config(folder)
-    section = take_quantization(config)
+    section, ranks = take_quantization(config), take_ranks(config, folder)
     architecture = architecture_for(config)
     architecture.check_supported(config)
     stored = read_weights(folder.names, folder.resolve)
     tensors, activations = _decoded(section, stored.tensors)
-    weights = _tie(_known(tensors, architecture, config), architecture, config)
+    whole = corrected(joined(tensors, ranks), folder)
+    weights = _tie(_known(whole, architecture, config), architecture, config)
     files = folder.small_files()
+    read = ("config.json", *stored.files, *adapter_files(folder), *files)
     checkpoint = Checkpoint(
         name=name,
         config=config,
@@ -87,7 +90,7 @@ def open_directory(
         files=files,
         architecture=architecture,
         activations=_placed(activations, architecture, config),
-        source=Source(identity, commit, (), {n: folder.resolve(n) for n in ("config.json", *stored.files, *files)}),
+        source=Source(identity, commit, (), {n: folder.resolve(n) for n in read}),
     )
     check_tensors(checkpoint)
     return checkpoint.replace(source=checkpoint.source.hashed(progress)) if hashed else checkpoint
@@ -143,9 +146,7 @@ def _placed(
     }
 
 
-def _known(
-    tensors: Mapping[str, Dense | Quantized], architecture: Architecture, config: Mapping[str, Any]
-) -> dict[str, Weight]:
+def _known(tensors: Mapping[str, Stored], architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Weight]:
     """Tensors under the names of the family's table: variants mapped, buffers dropped, Conv1D turned.
 
     Raises:
@@ -159,8 +160,7 @@ def _known(
         known = table_name(name, infos, architecture)
         if known in found:
             raise Malformed(f"two tensors of the checkpoint mean {known}", tensor=name)
-        info = infos.get(known)
-        found[known] = _turned(weight) if info and info.rule.transposed else weight
+        found[known] = _upright(weight, infos.get(known))
     return found
 
 
@@ -178,12 +178,14 @@ def table_name(name: str, infos: Mapping[str, TensorInfo], architecture: Archite
     return name
 
 
-def _turned(weight: Dense | Quantized) -> Dense:
-    """An (in, out) matrix as (out, in).
+def _upright(weight: Stored, info: TensorInfo | None) -> Stored:
+    """A Conv1D's (in, out) matrix as (out, in); others, and factors, which are never turned, as they are.
 
     Raises:
         Unsupported: it is quantized along the wrong axis.
     """
+    if info is None or not info.rule.transposed or not isinstance(weight, Dense | Quantized):
+        return weight
     if isinstance(weight, Quantized):
         raise Unsupported("quantized matrices of a Conv1D are not read", hint="start from the original")
     return Dense(weight.shape[::-1], weight.dtype, lambda: np.ascontiguousarray(weight.read().T))

@@ -193,8 +193,10 @@ def run_passes(plan: Plan, recipe: Recipe, settings: Settings, progress: Progres
 
 
 def solved(target: PlannedTarget, state: State, shop: Workshop) -> State:
-    """What one target stores: the passes' checkpoint, quantized as its scheme wants."""
-    return state if target.solve is None else run_stage(state, target.solve, shop)
+    """What one target stores: the passes' checkpoint, factors merged if asked for, quantized as its scheme wants."""
+    for stage in filter(None, (target.merge, target.solve)):
+        state = run_stage(state, stage, shop)
+    return state
 
 
 def exporter_of(container: str) -> Any:

@@ -16,7 +16,7 @@ from tightship.errors import EnvironmentFailure, UsageError
 from tightship.preflight import warnings
 from tightship.recipe import Calibration, Recipe
 from tightship.settings import Settings
-from tightship.stages import Stage, for_container, make_stages, outline, scheme_stage
+from tightship.stages import Stage, for_container, make_stages, merge_stage, outline, scheme_stage
 from tightship.target import Progress, TargetPlan, no_progress
 from tightship.weights import Alias, Quantized
 
@@ -26,8 +26,9 @@ _LIBRARIES = 1 << 30
 
 @dataclass(frozen=True)
 class PlannedTarget:
-    """One artifact: what its scheme solves (None: nothing) and what the container then writes."""
+    """One artifact: whether factors are merged, what its scheme solves (None: nothing), what the container writes."""
 
+    merge: Stage | None
     solve: Stage | None
     outline: Checkpoint
     plan: TargetPlan
@@ -152,10 +153,11 @@ def make_plan(recipe: Recipe, settings: Settings, *, progress: Progress = no_pro
         stored += 0 if stage.streamed else _changed_bytes(before, checkpoint)
     targets = []
     for target in recipe.targets:
-        exporter = exporter_for(target.container)
-        solve = scheme_stage(checkpoint, target, exporter, recipe)
-        after = outline(checkpoint, solve) if solve else checkpoint
-        targets.append(PlannedTarget(solve, after, exporter.plan(after, for_container(target, recipe))))
+        exporter, merge = exporter_for(target.container), merge_stage(target)
+        merged = outline(checkpoint, merge) if merge else checkpoint
+        solve = scheme_stage(merged, target, exporter, recipe)
+        after = outline(merged, solve) if solve else merged
+        targets.append(PlannedTarget(merge, solve, after, exporter.plan(after, for_container(target, recipe))))
     solves = [t.solve for t in targets if t.solve]
     notes = [*(f"allowed: {complaint}" for complaint in complaints), *_notes(targets)]
     notes += _unsaid_calibration(recipe, [*stages, *solves])

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 Make = Callable[[Path], Checkpoint]
+_MERGE = "merge"
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,27 @@ def scheme_stage(checkpoint: Checkpoint, target: Target, exporter: Any, recipe: 
     return Stage(Step("quantize", f"scheme {target.id}"), work)
 
 
+def merge_stage(target: Target) -> Stage | None:
+    """What multiplies factors out for this target alone, where its option `merge` asks for it.
+
+    Raises:
+        UsageError: `merge` is neither true nor false.
+    """
+    from tightship.passes import pass_for
+
+    asked = target.options.get(_MERGE, False)
+    if not isinstance(asked, bool):
+        raise UsageError(f"target {target.id}: merge is true or false, found {asked!r}")
+    return Stage(Step(_MERGE, f"merge {target.id}"), pass_for(_MERGE, {})) if asked else None
+
+
 def for_container(target: Target, recipe: Recipe) -> Target:
-    """The target as its exporter sees it: `solver` said outright, further options of the solver left out.
+    """The target as its exporter sees it: `solver` said outright, `merge` and further options of the solver left out.
 
     GGUF hears of `bytes` too: its schemes name every type, and under a budget they are not the ones that are stored.
     """
     theirs = _solver_options() - ({"solver", "bytes"} if target.container == "gguf" else {"solver"})
-    options = {key: value for key, value in target.options.items() if key not in theirs}
+    options = {key: value for key, value in target.options.items() if key not in {*theirs, _MERGE}}
     if is_quantizing(target):
         options["solver"] = _with_solver(dict(target.options), recipe)["solver"]
     for key in ("adapter", "chat_template"):

@@ -186,6 +186,28 @@ def test_sparsity_survives_into_every_target(build: Callable[..., pipeline.Built
     assert all(np.isfinite(v).all() for v in values)
 
 
+def test_one_target_merges_factors_and_another_keeps_them(build: Callable[..., pipeline.Built], tmp_path: Path) -> None:
+    import gguf
+    import numpy as np
+    from safetensors.torch import load_file
+
+    low_rank = {"use": "low-rank", "with": {"rank": 16, "dtype": "f32"}}
+    merged, kept = {"to": "gguf", "with": {"merge": True}}, {"to": "safetensors"}
+    with pytest.raises(Unsupported, match="made of factors"):
+        build(low_rank, targets=[{"to": "gguf"}, kept])
+    built = build(low_rank, targets=[merged, kept])
+    assert [stage["id"] for stage in built.report["stages"]] == ["low-rank", "merge gguf"]
+    factors = load_file(tmp_path / "out/safetensors/factored.safetensors")
+    tensors = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "out/gguf/ember.gguf").tensors}
+    for block in range(2):
+        left, right = (factors[f"model.layers.{block}.mlp.down_proj.{side}.weight"] for side in ("left", "right"))
+        np.testing.assert_allclose(tensors[f"blk.{block}.ffn_down.weight"], (left @ right).numpy(), atol=1e-6)
+    with pytest.raises(UsageError, match="no weight is made of factors"):
+        build(targets=[merged], output="dense")
+    with pytest.raises(UsageError, match="true or false"):
+        build(low_rank, targets=[{"to": "gguf", "with": {"merge": "yes"}}], output="dense")
+
+
 SCRIPT = """
 import sys, tightship
 from tightship import pipeline

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file
 
 from tightship.checkpoint import Checkpoint
-from tightship.errors import Unsupported
+from tightship.errors import Malformed, Unsupported
 from tightship.exporters import exporter_for
 from tightship.formats.layouts import parse_layout
 from tightship.modelview import ModelView
@@ -107,6 +107,53 @@ def test_factored_modules(family: str, quantize: bool, tiny: Tiny, tmp_path: Pat
         for name in config["low_rank"]:
             product = tensors[f"{name}.left.weight"] @ tensors[f"{name}.right.weight"]
             np.testing.assert_allclose(product, low.weights[f"{name}.weight"].value(), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "llama-int8", "llama-corrected"])
+def test_low_rank_opens_as_it_was_written(family: str, tiny: Tiny, tmp_path: Path) -> None:
+    """The same factors, and the same files when it is written again."""
+    name, _, how = family.partition("-") if family != "llama-tied" else (family, "", "")
+    low = corrected(tiny(name)) if how == "corrected" else None
+    low = low or pass_for("low-rank", {"rank": 8, "dtype": "f32"}).apply(tiny(name), Run())
+    if how == "int8":
+        low = pass_for("quantize", {"layout": "int8-channel"}).apply(low, Run())
+    written(low, tmp_path / "out")
+    opened = open_checkpoint(tmp_path / "out")
+    kind = Sum if how == "corrected" else Factored
+    for info in low.linears():
+        found = opened.weights[info.name]
+        assert isinstance(found, kind)
+        np.testing.assert_array_equal(found.value(), low.weights[info.name].value())
+    np.testing.assert_array_equal(
+        ModelView(opened, threads=1).outputs(IDS)["logits"], ModelView(low, threads=1).outputs(IDS)["logits"]
+    )
+    assert ("low_rank" in opened.config, len(opened.source.paths)) == (False, 4 if how == "corrected" else 2)
+    written(opened, tmp_path / "again")
+    for file in ("config.json", *(f.name for f in (tmp_path / "out").glob("*.safetensors"))):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
+
+
+def test_low_rank_that_is_not_whole_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    written(pass_for("low-rank", {"rank": 8}).apply(tiny("llama"), Run()), tmp_path / "low")
+    config = tmp_path / "low/config.json"
+    said = json.loads(config.read_text())
+    first = next(iter(said["low_rank"]))
+    for wrong, match in (({first: 7}, "where rank 7 is said"), ({"model.x": 8}, "missing"), (8, "no map")):
+        ranks = {**said["low_rank"], **wrong} if isinstance(wrong, dict) else wrong
+        config.write_text(json.dumps({**said, "low_rank": ranks}))
+        with pytest.raises(Malformed, match=match):
+            open_checkpoint(tmp_path / "low")
+    written(corrected(tiny("llama")), tmp_path / "sum")
+    config = tmp_path / "sum/adapter/adapter_config.json"
+    said = json.loads(config.read_text())
+    for changes, error, match in (
+        ({"lora_alpha": 2 * said["r"]}, Unsupported, "by 2"),
+        ({"use_dora": True}, Unsupported, "use_dora"),
+        ({"target_modules": said["target_modules"][1:]}, Malformed, "does not name"),
+    ):
+        config.write_text(json.dumps({**said, **changes}))
+        with pytest.raises(error, match=match):
+            open_checkpoint(tmp_path / "sum")
 
 
 def test_a_correction_is_an_adapter_that_llama_cpp_adds(
