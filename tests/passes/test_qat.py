@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -88,29 +87,3 @@ def test_both_phases_bring_the_model_nearer(ember: Checkpoint) -> None:
     assert away["blocks"] < 0.8 * away["rounded"]
     assert away["both"] < away["blocks"]
     assert figures["model"]["held_out_after"] < figures["model"]["held_out_before"]
-
-
-class Killed(Exception):
-    """Stands for SIGKILL."""
-
-
-@pytest.mark.parametrize("fatal", [3, 9, 14])
-def test_a_killed_run_ends_in_the_same_bytes(ember: Checkpoint, tmp_path: Path, fatal: int) -> None:
-    """Killed at progress calls in either phase; snapshots every second step."""
-    how = Qat(layout="int4", tokens=192, sequence=32, batch=2, snapshot=2)
-    calls = 0
-
-    def killer(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == fatal:
-            raise Killed
-
-    run = Run(threads=1, texts=(TEXT,), tokens=256, sequence=32)
-    whole = how.apply(ember, run)
-    with pytest.raises(Killed):
-        how.apply(ember, dataclasses.replace(run, scratch=tmp_path, progress=killer))
-    again = how.apply(ember, dataclasses.replace(run, scratch=tmp_path))
-    for info in ember.linears():
-        found, expected = again.resolve(info.name).read(), whole.resolve(info.name).read()
-        assert all(np.array_equal(found[key], expected[key]) for key in expected), info.name
