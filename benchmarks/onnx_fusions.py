@@ -1,49 +1,53 @@
-"""Fusions that our ONNX decoders do not use, against the graph as it is written: is one of them faster?
+"""Fusions of an ONNX decoder, one by one, against the graph as it is written: is one of them faster?
 
-    python benchmarks/onnx_fusions.py ARTIFACT [--rounds 3] [--prompts 128 512] [--scratch DIR] [--out DIR]
+    python benchmarks/onnx_fusions.py ARTIFACT [--unfused ARTIFACT] [--sittings 6] [--prompts 128 512] [--scratch DIR]
+                                      [--out DIR]
 
-ARTIFACT is a published `onnx:int4` of a Llama without biases (that of benchmarks/onnx_end_to_end.py, say). Its graph is
-rewritten, and each form runs in onnxruntime-genai, one thread, taking turns:
+ARTIFACT is a published `onnx:int4` or `onnx:fp32` of a Llama without biases (those of benchmarks/onnx_end_to_end.py,
+say), `--unfused` one with standard operators only, to be compared as it is. The graph is rewritten:
 
-| form    | what differs                                                                               |
-|---------|--------------------------------------------------------------------------------------------|
-| packed  | one MatMulNBits for queries, keys and values, and a Split                                  |
-| rotated | the same, and GroupQueryAttention takes them as one and rotates by itself (`do_rotary`)    |
-| apart   | Add and RMSNormalization in the place of SkipSimplifiedLayerNormalization                  |
+| form      | what differs                                                                               |
+|-----------|--------------------------------------------------------------------------------------------|
+| again     | nothing: how far two figures of one graph lie apart                                        |
+| packed    | one product for queries, keys and values, and a Split                                      |
+| rotated   | the same without Split: GroupQueryAttention takes them as one, and rotates (`do_rotary`)    |
+| gate_up   | one product for gate and up, and a Split                                                   |
+| skip      | SkipSimplifiedLayerNormalization in the place of Add and RMSNormalization                  |
+| apart     | the other way around                                                                       |
+| symmetric | no zero points where a quantized head says the default ones                                |
+| last      | the head multiplies the last token alone                                                   |
 
-Ratios are medians over rounds of processor time: above 1 the form is faster than the graph as written. Writes
-onnx_fusions.json and .md; rounds are added to those in the results when `--scratch` is given.
+In a sitting all forms are opened anew in one process of one thread and take turns pass by pass; GroupQueryAttention has
+past and present in one buffer. Ratios are medians over sittings of the fastest passes' processor time: above 1 the form
+is faster than the graph as written. `rotated` is for speed alone: it takes rows of a batch to start together. Writes
+onnx_fusions-NAME.json and .md; with `--scratch` graphs stay, and sittings are added to those in the results.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from onnx import helper, numpy_helper
 
-from tightship.validators.bench import Plan, bench, subjects
-
+DECODED, TURNS = 16, 4
 Model = onnx.ModelProto
 
 
 def packed(model: Model, config: dict[str, Any]) -> None:  # noqa: ARG001 - one signature
     for attention in groups(model):
-        products = [producer(model, name) for name in rotated_inputs(model, attention)]
-        joined, widths = join(model, products)
-        sizes = add(model, f"{joined}.sizes", np.asarray(widths, np.int64))
-        split = helper.make_node("Split", [joined, sizes], [p.output[0] for p in products], axis=2)
-        put_after(model, joined, split)
-        for product in products:
-            model.graph.node.remove(product)
+        split(model, [producer(model, name) for name in rotated_inputs(model, attention)])
 
 
 def rotated(model: Model, config: dict[str, Any]) -> None:
@@ -71,7 +75,50 @@ def apart(model: Model, config: dict[str, Any]) -> None:  # noqa: ARG001 - one s
         model.graph.node.remove(node)
 
 
-FORMS: dict[str, Callable[[Model, dict[str, Any]], None]] = {"packed": packed, "rotated": rotated, "apart": apart}
+def skip(model: Model, config: dict[str, Any]) -> None:  # noqa: ARG001 - one signature
+    for node in [n for n in model.graph.node if n.op_type == "RMSNormalization"]:
+        total = next((n for n in model.graph.node if node.input[0] in n.output and n.op_type == "Add"), None)
+        if total is None:
+            continue
+        epsilon = next(a.f for a in node.attribute if a.name == "epsilon")
+        inputs, outputs = [*total.input, node.input[1]], [node.output[0], "", "", total.output[0]]
+        joined = helper.make_node(
+            "SkipSimplifiedLayerNormalization", inputs, outputs, domain="com.microsoft", epsilon=epsilon
+        )
+        model.graph.node.insert(list(model.graph.node).index(node), joined)
+        for old in (node, total):
+            model.graph.node.remove(old)
+
+
+def gate_up(model: Model, config: dict[str, Any]) -> None:  # noqa: ARG001 - one signature
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        if node.op_type in PRODUCTS and ".mlp." in node.input[1]:
+            readers.setdefault(node.input[0], []).append(node)
+    for pair in [found for found in readers.values() if len(found) == len(("gate", "up"))]:
+        split(model, pair)
+
+
+def symmetric(model: Model, config: dict[str, Any]) -> None:  # noqa: ARG001 - one signature
+    for node in [n for n in model.graph.node if n.op_type == "MatMulNBits" and len(n.input) > len("ABs")]:
+        if (array(model, node.input[3]) == HALF_AND_HALF).all():
+            del node.input[3]
+
+
+def last(model: Model, config: dict[str, Any]) -> None:  # noqa: ARG001 - one signature
+    head = producer(model, "logits")
+    bounds = [add(model, f"last.{n}", np.asarray([n])) for n in (-1, np.iinfo(np.int64).max, 1)]
+    put_after(model, head.input[0], helper.make_node("Slice", [head.input[0], *bounds], ["last.token"]))
+    head.input[0] = "last.token"
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 1
+
+
+PRODUCTS = ("MatMul", "MatMulNBits")
+HALF_AND_HALF = 0x88  # two codes of 8, what absent zero points of 4 bits are
+FORMS: dict[str, Callable[[Model, dict[str, Any]], None]] = {
+    "packed": packed, "rotated": rotated, "gate_up": gate_up, "skip": skip, "apart": apart, "symmetric": symmetric,
+    "last": last,
+}  # fmt: skip
 
 
 def groups(model: Model) -> list[onnx.NodeProto]:
@@ -88,17 +135,28 @@ def rotated_inputs(model: Model, attention: onnx.NodeProto) -> list[str]:
     return [query, key, attention.input[2]]
 
 
+def split(model: Model, products: list[onnx.NodeProto]) -> None:
+    """One product in the place of several, and a Split behind it."""
+    joined, widths = join(model, products)
+    sizes = add(model, f"{joined}.sizes", np.asarray(widths, np.int64))
+    put_after(model, joined, helper.make_node("Split", [joined, sizes], [p.output[0] for p in products], axis=2))
+    for product in products:
+        model.graph.node.remove(product)
+
+
 def join(model: Model, products: list[onnx.NodeProto]) -> tuple[str, list[int]]:
-    """One MatMulNBits with the rows of all, before the first of them; its output, and how many rows each had."""
-    operands = []
+    """One product with the rows of all, before the first of them; its output, and how many rows each had."""
+    quantized = products[0].op_type == "MatMulNBits"
+    operands, widths = [], []
     for place in range(1, len(products[0].input)):
         arrays = [array(model, p.input[place]) for p in products]
-        operands.append(add(model, f"{products[0].output[0]}.joined.{place}", np.concatenate(arrays)))
-    widths = [next(a.i for a in p.attribute if a.name == "N") for p in products]
-    attributes = {a.name: a.i for a in products[0].attribute} | {"N": sum(widths)}
+        widths = [a.shape[0 if quantized else 1] for a in arrays]
+        merged = np.concatenate(arrays, axis=0 if quantized else 1)
+        operands.append(add(model, f"{products[0].output[0]}.joined.{place}", merged))
+    attributes = {a.name: a.i for a in products[0].attribute} | ({"N": sum(widths)} if quantized else {})
     output = f"{products[0].output[0]}.joined"
     inputs = [products[0].input[0], *operands]
-    whole = helper.make_node("MatMulNBits", inputs, [output], domain="com.microsoft", **attributes)
+    whole = helper.make_node(products[0].op_type, inputs, [output], domain=products[0].domain, **attributes)
     model.graph.node.insert(list(model.graph.node).index(products[0]), whole)
     return output, widths
 
@@ -136,67 +194,137 @@ def without_positions(model: Model) -> None:
 
 
 def make(source: Path, target: Path, rewrite: Callable[[Model, dict[str, Any]], None]) -> None:
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("model.onnx*"))
+    """The rewritten graph; no file where the rewrite finds nothing to do."""
     model = onnx.load(source / "model.onnx")
+    before = model.graph.SerializeToString()
     rewrite(model, json.loads((source / "config.json").read_text()))
+    target.mkdir(parents=True)
+    if model.graph.SerializeToString() == before:
+        return
     used = {name for node in model.graph.node for name in node.input}
     for unused in [i for i in model.graph.initializer if i.name not in used]:
         model.graph.initializer.remove(unused)
     onnx.save(model, target / "model.onnx", save_as_external_data=True, location="model.onnx_data")
-    settings = json.loads((target / "genai_config.json").read_text())
-    if "position_ids" not in {i.name for i in model.graph.input}:
-        del settings["model"]["decoder"]["inputs"]["position_ids"]
-    (target / "genai_config.json").write_text(json.dumps(settings))
 
 
-def measured(folder: Path, prompt: int, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """form -> part -> processor seconds of each round, the fastest pass."""
-    plan = Plan(prompt=prompt, decode=32, rounds=rounds)
-    chosen = [s for s in subjects(folder) if s.runtime == "onnxruntime-genai"]
-    result = bench(folder, plan, chosen=chosen)
-    return {
-        m.subject.name: {part: [min(r[f"{part}_cpu"]) for r in m.rounds] for part in ("prefill", "decode")}
-        for m in result.measured
-    }
+class Decoder:
+    """One graph, one thread. A cache that can be filled in place is."""
+
+    def __init__(self, path: Path) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        graph = onnx.load(path, load_external_data=False).graph
+        self.shared = any(node.op_type == "GroupQueryAttention" for node in graph.node)
+        self.past = {i.name: i.shape for i in self.session.get_inputs() if i.name.startswith("past")}
+        self.inputs = {i.name for i in self.session.get_inputs()} - {*self.past}
+        self.kept: dict[str, ort.OrtValue] = {}
+
+    def start(self, length: int) -> None:
+        size = length if self.shared else 0
+        self.kept = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.zeros((1, shape[1], size, shape[3]), np.float32))
+            for name, shape in self.past.items()
+        }
+
+    def step(self, ids: np.ndarray, total: int) -> float:
+        """Processor seconds of one pass over the next tokens."""
+        count = ids.shape[1]
+        given = {
+            "input_ids": ids,
+            "attention_mask": np.ones((1, total), np.int64),
+            "position_ids": np.arange(total - count, total)[None],
+        }
+        bound = self.session.io_binding()
+        for name in self.inputs:
+            bound.bind_cpu_input(name, given[name])
+        for name, value in self.kept.items():
+            bound.bind_ortvalue_input(name, value)
+            present = name.replace("past_key_values", "present")
+            if self.shared:
+                bound.bind_ortvalue_output(present, value)
+            else:
+                bound.bind_output(present, "cpu")
+        bound.bind_output("logits", "cpu")
+        start = time.process_time()
+        self.session.run_with_iobinding(bound)
+        spent = time.process_time() - start
+        if not self.shared:
+            self.kept = dict(zip(self.kept, bound.get_outputs()[: len(self.kept)], strict=True))
+        return spent
 
 
-def write(seconds: dict[str, Any], out: Path) -> None:
-    lines = ["# Fusions of an int4 decoder against the graph as it is written", ""]
-    lines += ["| form | prompt | prefill | decode | rounds |", "|---|---|---|---|---|"]
+def measured(graphs: dict[str, Path], prompt: int) -> dict[str, dict[str, float]]:
+    """form -> part -> processor seconds of the fastest pass: the whole prompt, one token behind it."""
+    rng = np.random.default_rng()
+    opened = {name: Decoder(graphs[name]) for name in rng.permutation([*graphs])}
+    ids = np.random.default_rng(0).integers(1, 256, (1, prompt + DECODED))
+    found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in opened}
+    for turn in range(TURNS + 1):  # the first warms up
+        order = [list(opened.items())[i] for i in rng.permutation(len(opened))]
+        for name, decoder in order:
+            decoder.start(prompt + DECODED)
+            spent = decoder.step(ids[:, :prompt], prompt)
+            found[name]["prefill"] += [spent] if turn else []
+        for at in range(prompt, prompt + DECODED):
+            for name, decoder in order:
+                spent = decoder.step(ids[:, at : at + 1], at + 1)
+                found[name]["decode"] += [spent] if turn else []
+    return {name: {part: min(figures) for part, figures in parts.items()} for name, parts in found.items()}
+
+
+def write(seconds: dict[str, Any], artifact: str, out: Path) -> None:
+    lines = [f"# Fusions of {artifact} against the graph as it is written", ""]
+    about = "Written by `python benchmarks/onnx_fusions.py`, which says what the forms are;"
+    lines += [
+        f"{about} onnxruntime {version('onnxruntime')}, one thread, load {os.getloadavg()[0]:.0f} at the end.",
+        "",
+    ]
+    lines += ["| form | prompt | prefill | decode | sittings |", "|---|---|---|---|---|"]
     for prompt, found in seconds.items():
-        for form in FORMS:
+        for form in [name for name in found if name != "written"]:
             pairs = {
                 part: zip(found["written"][part], found[form][part], strict=True) for part in ("prefill", "decode")
             }
             cells = [f"{statistics.median(base / own for base, own in pairs[part]):.3f}x" for part in pairs]
-            lines.append(f"| {form} | {prompt} | {' | '.join(cells)} | {len(found[form]['decode'])} |")
+            lines.append(f"| {form} | {prompt} | {' | '.join(cells)} | {len(found[form]['prefill'])} |")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "onnx_fusions.json").write_text(json.dumps({"seconds": seconds}, indent=1) + "\n")
-    (out / "onnx_fusions.md").write_text("\n".join(lines) + "\n")
+    name = f"onnx_fusions-{artifact}"
+    (out / f"{name}.json").write_text(json.dumps({"seconds": seconds}) + "\n")
+    (out / f"{name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--unfused", type=Path, help="an artifact to be measured as it is")
+    parser.add_argument("--sittings", type=int, default=6)
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--forms", nargs="+", choices=[*FORMS], default=[*FORMS])
     parser.add_argument("--scratch", type=Path, help="where graphs stay for a later run")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    path = options.out / "onnx_fusions.json"
+    name = options.artifact.resolve().name
+    path = options.out / f"onnx_fusions-{name}.json"
     seconds = json.loads(path.read_text())["seconds"] if options.scratch and path.exists() else {}
     with tempfile.TemporaryDirectory(prefix="onnx-fusions-") as folder:
-        scratch = options.scratch or Path(folder)
-        for form, rewrite in {"written": lambda model, config: None, **FORMS}.items():  # noqa: ARG005
+        scratch = (options.scratch or Path(folder)) / name
+        graphs = dict.fromkeys(("written", "again"), options.artifact / "model.onnx")
+        for form in options.forms:
             if not (scratch / form).exists():
-                make(options.artifact, scratch / form, rewrite)
+                make(options.artifact, scratch / form, FORMS[form])
+            if (scratch / form / "model.onnx").exists():
+                graphs[form] = scratch / form / "model.onnx"
+        if options.unfused:
+            graphs["unfused"] = options.unfused / "model.onnx"
         for prompt in options.prompts:
             held = seconds.setdefault(str(prompt), {})
-            for form, parts in measured(scratch, prompt, options.rounds).items():
-                for part, figures in parts.items():
-                    held.setdefault(form, {}).setdefault(part, []).extend(figures)
-        write(seconds, options.out)
+            for _ in range(options.sittings):
+                for form, parts in measured(graphs, prompt).items():
+                    for part, figure in parts.items():
+                        held.setdefault(form, {}).setdefault(part, []).append(figure)
+    write(seconds, name, options.out)
 
 
 if __name__ == "__main__":
