@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +104,25 @@ def test_checkpoints_in_floats_of_few_bits(
         if scheme == "mxfp4":  # two codes a byte, first low; theirs by rows of the weight, ours by its columns
             bytes_, codes = (np.stack([b & 15, b >> 4], axis=-1).reshape(*b.shape[:-1], -1) for b in (bytes_, codes))
         np.testing.assert_array_equal(codes.reshape(bytes_.shape[::-1]).T, bytes_)
+
+
+@pytest.mark.slow
+def test_experts_in_one_node_hold_the_integers_of_their_twins(
+    tiny_directory: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Every proof passes, genai's among them; the stacks of QMoE say what safetensors says of each expert."""
+    recipe = {
+        "passes": [{"use": "quantize", "with": {"layout": "int4"}}],
+        "targets": [{"to": "onnx", "with": {"experts": "qmoe", "logits": "last"}}, {"to": "safetensors"}],
+        "gates": {"top1": 0.0},
+    }
+    folder = built(tiny_directory("mixtral"), tmp_path / "out", recipe)
+    targets = {t["id"]: t for t in json.loads((folder / "report.json").read_text())["targets"]}
+    assert "experts in QMoE, fused for ONNX Runtime, logits of the last token" in targets["onnx"]["graph_source"]
+    found = {t: {c["metric"]: c for c in target["checks"] if c["kind"] == "values"} for t, target in targets.items()}
+    assert found["safetensors"]["integers_unlike_other_targets"]["value"] == 0
+    digests = [found[t]["integers"]["extra"] for t in ("onnx", "safetensors")]
+    assert digests[0] == digests[1]
+    assert digests[0]["tensors"] == 2 * (4 + 4 * 3)
+    runtimes = {c["runtime"] for c in targets["onnx"]["checks"] if c["kind"] == "runtime"}
+    assert {"onnxruntime", "onnxruntime-genai"} <= runtimes
