@@ -277,25 +277,33 @@ def all_architectures() -> tuple[Architecture, ...]:
     Raises:
         Malformed: a data file does not fit the schema, or two claim one model type and class.
     """
-    import jsonschema
-
-    folder = resources.files("tightship.architectures")
-    # One validator for all files: `jsonschema.validate` would check the schema itself again for each of them.
-    validator = jsonschema.Draft202012Validator(json.loads((folder / "schema.json").read_text()))
-    found: list[Architecture] = []
-    for entry in sorted(folder.iterdir(), key=lambda e: e.name):
-        if not entry.name.endswith(".json") or entry.name == "schema.json":
-            continue
-        data = strict_json(entry.read_bytes(), f"architectures/{entry.name}")
-        error = jsonschema.exceptions.best_match(validator.iter_errors(data))
-        if error is not None:
-            raise Malformed(f"architectures/{entry.name}: {error.message}")
-        found += build(data)
+    found = tuple(a for name in _files() for a in _checked(name))
     claims = [(t, c) for a in found for t in a.model_types for c in a.classes]
     twice = sorted({claim for claim in claims if claims.count(claim) > 1})
     if twice:
         raise Malformed(f"two architecture files claim model type and class {twice[0]}")
-    return tuple(found)
+    return found
+
+
+@functools.cache
+def _files() -> dict[str, Any]:
+    """What the data files hold, by name, in order."""
+    folder = resources.files("tightship.architectures")
+    names = sorted(e.name for e in folder.iterdir() if e.name.endswith(".json") and e.name != "schema.json")
+    return {name: strict_json((folder / name).read_bytes(), f"architectures/{name}") for name in names}
+
+
+@functools.cache
+def _checked(name: str) -> list[Architecture]:
+    """The architectures of a file that fits the schema; checking takes long, so only what is asked for is checked."""
+    import jsonschema
+
+    schema = json.loads((resources.files("tightship.architectures") / "schema.json").read_text())
+    # `jsonschema.validate` would check the schema itself again for each file.
+    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(_files()[name]))
+    if error is not None:
+        raise Malformed(f"architectures/{name}: {error.message}")
+    return build(_files()[name])
 
 
 def build(data: Mapping[str, Any]) -> list[Architecture]:
@@ -361,16 +369,17 @@ def architecture_for(config: Mapping[str, Any]) -> Architecture:
     Raises:
         Unsupported: no data file claims it; the message lists the known model types.
     """
-    families = all_architectures()
     classes = config.get("architectures") or []
     model_type = config.get("model_type")
+    claims = {name: data.get("model_types", ()) for name, data in _files().items()}
+    families = [a for name, types in claims.items() if model_type in types for a in _checked(name)]
     for family in families:
         if model_type in family.model_types and any(c in family.classes for c in classes):
             return family
     for family in families:
         if not classes and model_type in family.model_types:
             return family
-    known = sorted({t for f in families for t in f.model_types})
+    known = sorted({t for types in claims.values() for t in types})
     raise Unsupported(
         f"architecture {classes or '(none named)'} with model_type {model_type!r} is not one we know",
         hint=f"known model types: {', '.join(known)}; docs/adding-an-architecture.md shows how to add a data file",
