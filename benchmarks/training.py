@@ -59,6 +59,7 @@ RATES = [1e-3, 3e-3]
 SEEDS = [0, 1, 2]
 LIVE = {"batch": 4, "snapshot": 16, "held_out": 0.01}
 RECOVERIES: list[tuple[str, dict[str, Any]]] = [
+    ("teacher", {"rate": 1e-4, **LIVE}),
     ("teacher", {"rate": 2e-4, **LIVE}),
     ("teacher", {"rate": 5e-4, **LIVE}),
     ("full", {"rate": 5e-4}),
