@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 _FLOAT, _FLOAT16 = 1, 10
 _LOWEST = np.float32(np.finfo(np.float16).min)
 _ATTENTION = ("Attention", "GroupQueryAttention")
-_JOINED = "Concat"  # keys and values of the cross-attention, with those that its cache holds
 _BETWEEN = ("Add", "Mul", "Sigmoid", "Gelu", "Relu", "Tanh", "Clip", "Split", "Reshape", "Transpose", "RotaryEmbedding")
 _MASKS = {"Attention": 3, "GroupQueryAttention": 10}
 _OTHERWISE = {"Reshape": (1,), "Split": (1,), "RotaryEmbedding": (3,), "GroupQueryAttention": (5, 6, 9)}  # integers
@@ -55,9 +54,7 @@ class _Half:
                 self._lower(node)
 
     def _belongs(self, node: ir.Node) -> bool:
-        if node.op_type in _ATTENTION:
-            return True
-        if node.op_type == _JOINED and node.outputs[0].is_graph_output():
+        if node.op_type in _ATTENTION or _joins(node):
             return True
         if any(value.is_graph_output() for value in node.outputs):
             return False
@@ -113,12 +110,19 @@ def _cache(graph: ir.Graph) -> list[ir.Value]:
     present = [value for value in graph.outputs if str(value.name).startswith("present.")]
     nodes = [reader for value in past for reader, _ in value.uses()]
     nodes += [node for value in present if (node := value.producer()) is not None]
-    if any(node.op_type not in (*_ATTENTION, _JOINED, "Shape") for node in nodes):
+    if any(node.op_type not in (*_ATTENTION, "Shape") and not _joins(node) for node in nodes):
         raise Unsupported(
             "float16 is for caches of plain attention; this family computes with its own in float32",
             hint="use the scheme fp16: stored so, computed in float32",
         )
     return past + present
+
+
+def _joins(node: ir.Node) -> bool:
+    """Whether it joins keys or values to a cache that attention alone reads, as in cross-attention."""
+    grown = node.outputs[0]
+    readers = (reader.op_type for reader, _ in grown.uses())
+    return node.op_type == "Concat" and grown.is_graph_output() and all(kind in _ATTENTION for kind in readers)
 
 
 def _floats(node: ir.Node) -> Iterator[tuple[int, ir.Value]]:

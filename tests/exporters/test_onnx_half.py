@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported
@@ -19,6 +20,7 @@ from tightship.exporters.onnx_candidates.skeleton import DECODER, MAIN
 from tightship.exporters.onnx_schemes import style_of
 from tightship.exporters.to_onnx import OnnxExporter
 from tightship.modelview import ModelView
+from tightship.opening import open_checkpoint
 from tightship.target import Target
 from tightship.validators.parity import relative_l2
 from tightship.validators.runtimes.onnx_pair import Pair
@@ -86,6 +88,15 @@ def test_an_encoder_and_its_decoder_in_float16(tiny: Tiny, tmp_path: Path, famil
     decoder = onnx.load(tmp_path / DECODER, load_external_data=False).graph
     caches = [v for v in (*decoder.input, *decoder.output) if v.name.startswith(("past_key_values.", "present."))]
     assert {v.type.tensor_type.elem_type for v in caches} == {TensorProto.FLOAT16}
+
+
+def test_a_cache_that_more_than_attention_reads_is_refused(tmp_path: Path) -> None:
+    """gpt-oss pads keys and values with a sink."""
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    GptOssForCausalLM(GptOssConfig(**sizes, **heads)).save_pretrained(tmp_path / "in")
+    with pytest.raises(Unsupported, match="caches of plain attention"):
+        written(halved(open_checkpoint(tmp_path / "in")), tmp_path, "fp16-compute-portable")
 
 
 def test_what_is_computed_in_which_type(tiny: Tiny, tmp_path: Path) -> None:
