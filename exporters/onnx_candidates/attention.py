@@ -56,8 +56,8 @@ def attention(net: Network, block: int, x: ir.Value, sight: Sight) -> ir.Value:
     size = int(net.hyper["head_dim"])
     query, key, value = projections(net, block, x, size)
     heads, kv_heads = query[1] // size, key[1] // size
-    q = _turned(net, clipped(net, _head_norm(net, query[0], block, "attn_q_norm", heads)), sight, heads)
-    k = _turned(net, clipped(net, _head_norm(net, key[0], block, "attn_k_norm", kv_heads)), sight, kv_heads)
+    q = _placed(net, block, query[0], sight, ("attn_q_norm", heads))
+    k = _placed(net, block, key[0], sight, ("attn_k_norm", kv_heads))
     parts = Parts(q, k, clipped(net, value[0]), heads, kv_heads, score_scale(net, block, size))
     cache = sight.cache
     past = () if cache is None else net.past(block, (kv_heads, size), (kv_heads, size), cache=cache)
@@ -146,6 +146,14 @@ def clipped(net: Network, x: ir.Value) -> ir.Value:
     """Queries, keys or values within the config's bound, if it has one."""
     bound = net.hyper.get("clamp_kqv") or net.option("clip_qkv")
     return net.clipped(x, -float(bound), float(bound)) if bound else x
+
+
+def _placed(net: Network, block: int, x: ir.Value, sight: Sight, norm: tuple[str, int]) -> ir.Value:
+    """Queries or keys normed, clipped and rotated, the norm before the rotation or behind it."""
+    role, heads = norm
+    if net.family.late_head_norm:
+        return _head_norm(net, _turned(net, clipped(net, x), sight, heads), block, role, heads)
+    return _turned(net, clipped(net, _head_norm(net, x, block, role, heads)), sight, heads)
 
 
 def _turned(net: Network, x: ir.Value, sight: Sight, heads: int) -> ir.Value:

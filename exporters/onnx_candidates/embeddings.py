@@ -13,14 +13,17 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def embedded(net: Network, ids: ir.Value, positions: Callable[[], ir.Value]) -> ir.Value:
+def embedded(net: Network, ids: ir.Value, positions: Callable[[], ir.Value], offset: int | None = None) -> ir.Value:
     """(batch, sequence, hidden): tokens, scaled, plus learned or computed positions, and the norm of the sum.
 
     `positions` makes (batch, sequence) or (sequence) int64, counted from 0; it is called where the model adds any.
+    `offset` is the row of position 0, by default the family's.
     """
     x = _tokens(net, ids)
+    if net.has(None, "token_norm"):  # BlenderbotSmall's decoder
+        x = net.norm(x, None, "token_norm")
     if has_places(net):
-        offset = net.family.position_offset
+        offset = net.family.position_offset if offset is None else offset
         rows = net.op("Add", positions(), net.integer(offset)) if offset else positions()
         x = net.op("Add", x, sinusoids(net, rows) if net.family.sinusoidal else net.lookup("position_embd", rows))
     return net.norm(x, None, "token_embd_norm") if net.has(None, "token_embd_norm") else x

@@ -13,7 +13,7 @@ from tightship.exporters.onnx_candidates.graph_builder import INT64
 from tightship.exporters.onnx_candidates.heads import heads
 from tightship.exporters.onnx_candidates.network import Network
 from tightship.exporters.onnx_candidates.positions import (
-    bucket_bias,
+    bucket_biases,
     has_buckets,
     hidden_where_not,
     kept_keys,
@@ -30,7 +30,10 @@ def encoder(net: Network) -> None:
     """The whole graph: token ids in, what the task wants out."""
     ids = net.input("input_ids", (BATCH, SEQUENCE))
     mask = net.input("attention_mask", (BATCH, SEQUENCE))
-    x = _embedded(net, ids) if net.family.encoder else embedded(net, ids, lambda: _positions(net, ids))
+    if net.family.encoder:
+        x = _embedded(net, ids)
+    else:
+        x = embedded(net, ids, lambda: _positions(net, ids), 0 if net.family.counted_positions else None)
     layers = int(net.option("num_hidden_layers", net.hyper["layers"]))
     share = layers // int(net.hyper["layers"])  # ALBERT: so many layers are one block
     sights = _sights(net, ids, mask, layers)
@@ -92,7 +95,7 @@ def _sights(net: Network, ids: ir.Value, mask: ir.Value, layers: int) -> list[Si
     whole = net.op("Expand", hidden_where_not(net, kept), square)
     if has_buckets(net):
         places = net.range(net.integer(0), net.length(ids))
-        return [Sight(net.op("Add", whole, bucket_bias(net, places, places)))] * layers
+        return [Sight(net.op("Add", whole, bias)) for bias in bucket_biases(net, places, places, layers)]
     if net.has(None, "rel_embd"):
         return [Sight(whole, rows=distance_rows(net, ids))] * layers
     if has_places(net):

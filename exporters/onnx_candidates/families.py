@@ -51,6 +51,7 @@ class Family:
         parallel: attention and MLP read the same stream and are added together; a config key, or the answer.
         post_norm: config key that puts norms behind the residual sums where it is false (OPT).
         interleaved: rotation pairs neighbours (GPT-J), not halves.
+        late_head_norm: norms of queries and keys stand behind the rotation (HunYuan).
         rotated: which layers rotate: `all`, `sliding` ones only, or a config key with one flag a layer.
         fused: order of queries, keys and values in one matrix: `parts`, `groups` of heads around each key head, or
             `quarters` of heads with values before keys (CodeGen).
@@ -62,6 +63,7 @@ class Family:
         scaled: whether scores have that factor; a config key, or the answer.
         by_layer: whether scores are divided by the number of the layer, from 1; a config key, or the answer.
         residual_scale: config key of the factor on what a block adds.
+        narrowed: whether what logits are made of is divided by the root of the width; a config key, or the answer.
         logit_scale: (config key, whether it divides).
         routing: of experts.
         stacked: matrices of stacked experts are `out_in` or `in_out`; gate and up lie in one, in halves or, `in_out`,
@@ -82,6 +84,7 @@ class Family:
     parallel: str | bool = False
     post_norm: str | None = None
     interleaved: bool = False
+    late_head_norm: bool = False
     rotated: str = "all"
     fused: str = "parts"
     alibi: str | None = None
@@ -90,6 +93,7 @@ class Family:
     scaled: str | bool = True
     by_layer: str | bool = False
     residual_scale: str | None = None
+    narrowed: str | bool = False
     logit_scale: tuple[str, bool] | None = None
     routing: Routing = Routing()
     stacked: str = "out_in"
@@ -146,6 +150,16 @@ FAMILIES = {
     "biogpt": Family(embed_scale="sqrt", position_offset=2, must=_SCALED),
     "granite": _GRANITE,
     "granitemoe": _GRANITE,
+    "granitemoeshared": _GRANITE,
+    "seed_oss": Family(),
+    "cwm": Family(),
+    "ministral": Family(),
+    "dots1": Family(routing=_BIASED),
+    "solar_open": Family(routing=_BIASED),
+    "flex_olmo": _ROUTED,
+    "hunyuan_v1_dense": Family(late_head_norm=True),
+    "jais2": Family(norm="layer"),
+    "glm4_moe_lite": Family(interleaved=True, routing=_BIASED),
     "gpt2": Family(scaled="scale_attn_weights", by_layer="scale_attn_by_inverse_layer_idx"),
     "gpt_neox": Family(parallel="use_parallel_residual", fused="groups"),
     "bloom": Family(
@@ -189,7 +203,10 @@ FAMILIES = {
     "nomic_bert": _ENCODER,
     "modernbert": _ENCODER,
     "vit": _ENCODER,
-    "t5": Family(attention_scale="none"),
+    "t5": Family(attention_scale="none", narrowed="scale_decoder_outputs"),
+    "umt5": Family(attention_scale="none", narrowed=True),
+    "m2m_100": replace(_TWO_STACKS, sinusoidal="inclusive", position_offset=2, counted_positions=True),
+    "blenderbot_small": _TWO_STACKS,
     "bart": replace(_TWO_STACKS, position_offset=2),
     "mbart": replace(_TWO_STACKS, position_offset=2),
     "marian": replace(_TWO_STACKS, sinusoidal="published"),

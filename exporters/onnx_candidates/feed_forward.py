@@ -22,9 +22,9 @@ def feed_forward(net: Network, block: int, x: ir.Value) -> ir.Value:
 
 def mlp(net: Network, block: int, x: ir.Value, suffix: str = "", expert: int | None = None) -> ir.Value:
     """down(act(gate x) * up x), or down(act(up x)) without a gate. `suffix` of the roles: `_exps`, `_shexp`."""
-    if net.has(block, "ffn_gate_up"):
-        half = net.rows(block, "ffn_gate_up") // 2
-        gate, up = (net.linear(x, block, "ffn_gate_up", rows=rows) for rows in ((0, half), (half, 2 * half)))
+    if net.has(block, f"ffn_gate_up{suffix}"):
+        half = net.rows(block, f"ffn_gate_up{suffix}") // 2
+        gate, up = (net.linear(x, block, f"ffn_gate_up{suffix}", rows=rows) for rows in ((0, half), (half, 2 * half)))
         inner = net.op("Mul", net.activation(gate), up)
     elif net.has(block, f"ffn_gate{suffix}", expert):
         gate = net.linear(x, block, f"ffn_gate{suffix}", expert=expert)
@@ -39,7 +39,7 @@ def experts(net: Network, block: int, x: ir.Value) -> ir.Value:
     flat = net.shaped(net.op("Reshape", x, net.integers(-1, net.width)), (None, net.width))
     counts = shares(net, block, flat)
     total = in_one_node(net, block, flat, counts) if net.one_node else _each_expert(net, block, flat, counts)
-    if net.has(block, "ffn_up_shexp"):
+    if net.has(block, "ffn_down_shexp"):
         total = net.op("Add", total, _shared(net, block, flat))
     return net.shaped(net.op("Reshape", total, net.op("Shape", x)), (BATCH, SEQUENCE, net.width))
 

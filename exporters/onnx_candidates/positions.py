@@ -132,24 +132,27 @@ def by_distance(net: Network, queries: ir.Value, keys: ir.Value, name: str, rows
     return net.op("Gather", net.constant(name, np.ascontiguousarray(rows)), net.op("Add", held, net.integer(reach)))
 
 
-_BUCKETS = ((None, "rel_bias"), (0, "attn_rel_b"))  # a table of the model, or one in the first block of a stack
-
-
 def has_buckets(net: Network) -> bool:
     """Whether scores get a learned number by distance."""
-    return any(net.has(*place) for place in _BUCKETS)
+    return net.has(None, "rel_bias") or net.has(0, "attn_rel_b")
 
 
-def bucket_bias(net: Network, queries: ir.Value, keys: ir.Value, *, ahead: bool = True) -> ir.Value:
-    """(1, heads, queries, keys): a learned number for each bucket of distances and head (T5, section 2.1).
+def bucket_biases(
+    net: Network, queries: ir.Value, keys: ir.Value, layers: int, *, ahead: bool = True
+) -> list[ir.Value]:
+    """Of each layer (1, heads, queries, keys): a learned number for each bucket of distances and head.
 
+    T5 (arXiv 1910.10683), section 2.1. The table is the model's, that of a first block, or a block's own (UMT5).
     `ahead` is whether keys ahead of a query have buckets of their own.
     """
-    block, role = next(place for place in _BUCKETS if net.has(*place))
-    buckets, farthest = net.rows(block, role), int(net.option("relative_attention_max_distance", _FARTHEST))
+    own = [(block, "attn_rel_b") for block in range(layers) if net.has(block, "attn_rel_b")]
+    tables = own or [(None, "rel_bias")]
+    buckets, farthest = net.rows(*tables[0]), int(net.option("relative_attention_max_distance", _FARTHEST))
     rows = t5_buckets(np.arange(-farthest, farthest + 1), buckets, farthest, ahead=ahead)
-    found = net.lookup(role, by_distance(net, queries, keys, f"{role}.rows", rows), block)
-    return net.op("Unsqueeze", net.op("Transpose", found, perm=[2, 0, 1]), net.integers(0))
+    places = by_distance(net, queries, keys, f"{tables[0][1]}.rows", rows)
+    looked_up = [net.op("Transpose", net.lookup(role, places, block), perm=[2, 0, 1]) for block, role in tables]
+    found = [net.op("Unsqueeze", bias, net.integers(0)) for bias in looked_up]
+    return found if len(found) == layers else found * layers
 
 
 def t5_buckets(distances: np.ndarray, buckets: int, farthest: int, *, ahead: bool = True) -> np.ndarray:

@@ -18,7 +18,7 @@ from tightship.exporters.onnx_candidates.embeddings import embedded
 from tightship.exporters.onnx_candidates.feed_forward import feed_forward
 from tightship.exporters.onnx_candidates.graph_builder import FLOAT
 from tightship.exporters.onnx_candidates.network import Network
-from tightship.exporters.onnx_candidates.positions import bucket_bias, has_buckets, hidden_where_not, kept_keys
+from tightship.exporters.onnx_candidates.positions import bucket_biases, has_buckets, hidden_where_not, kept_keys
 from tightship.exporters.onnx_candidates.skeleton import BATCH, PAST_SOURCE, SEQUENCE, SOURCE
 
 if TYPE_CHECKING:
@@ -51,12 +51,12 @@ def target_decoder(net: Network) -> None:
     held = net.length(_past(net, 0, _OWN)[0], _TOKENS_AXIS)
     total = net.op("Add", held, net.length(ids))
     places = net.range(held, total)
-    sight = _own_sight(net, places, net.range(net.integer(0), total))
+    sights = _own_sights(net, places, net.range(net.integer(0), total))
     x = embedded(net, ids, lambda: places)
     for block in blocks:
-        x = _layer(net, block, x, sight, source)
+        x = _layer(net, block, x, sights[block], source)
     x = net.normed(x, None, "output_norm")
-    if net.option("scale_decoder_outputs"):
+    if net.answer(net.family.narrowed):
         x = net.scaled(x, net.width**-0.5)
     logits = net.linear(x, None, "output", tied="token_embd")
     net.output("logits", logits, (BATCH, SEQUENCE, net.vocabulary))
@@ -74,13 +74,15 @@ def _source(net: Network, ids: ir.Value) -> Source:
     return Source(net.shaped(fresh, (BATCH, None, net.width)), seen)
 
 
-def _own_sight(net: Network, queries: ir.Value, keys: ir.Value) -> Sight:
-    """What the decoder sees of its own text: all up to now. Rows start together, so nothing is padded."""
+def _own_sights(net: Network, queries: ir.Value, keys: ir.Value) -> list[Sight]:
+    """What the decoder's blocks see of its own text: all up to now. Rows start together, so nothing is padded."""
     row, column = net.op("Unsqueeze", keys, net.integers(0)), net.op("Unsqueeze", queries, net.integers(1))
     mask = net.op("Unsqueeze", hidden_where_not(net, net.op("LessOrEqual", row, column)), net.integers(0, 1))
-    if has_buckets(net):
-        mask = net.op("Add", mask, bucket_bias(net, queries, keys, ahead=False))
-    return Sight(mask, cache=_OWN)
+    layers = int(net.hyper["layers"])
+    if not has_buckets(net):
+        return [Sight(mask, cache=_OWN)] * layers
+    biases = bucket_biases(net, queries, keys, layers, ahead=False)
+    return [Sight(net.op("Add", mask, bias), cache=_OWN) for bias in biases]
 
 
 def _layer(net: Network, block: int, x: ir.Value, sight: Sight, source: Source) -> ir.Value:

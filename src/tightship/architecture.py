@@ -107,6 +107,7 @@ class Architecture:
         | `key` or `a.b`       | the config's, unless absent or null                              |
         | `#key`               | number of entries under the key                                  |
         | `key==word`          | list of 1 and 0, whether each entry of the key's list is `word`  |
+        | `#key==word`         | number of entries that are `word`                                |
         | `=expression`        | computed from what was already found                             |
         | a number             | itself                                                           |
         | `none`               | None                                                             |
@@ -231,7 +232,8 @@ def _alternative(option: str | float, config: Mapping[str, Any], found: Mapping[
     if value is None:
         return None
     if word:
-        return [int(entry == word) for entry in value]
+        marks = [int(entry == word) for entry in value]
+        return sum(marks) if option.startswith("#") else marks
     return len(value) if option.startswith("#") else value
 
 

@@ -34,6 +34,7 @@ LATENT |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 
 LATENT |= {"num_key_value_heads": 4, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
 GLM_MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
 GLM_MOE |= {"pad_token_id": 0, "head_dim": 16}
+ENDS = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}
 T5 = {"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
 MAMBA = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}
 SMOL = {"pad_token_id": 0, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
@@ -111,10 +112,25 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("Glm4MoeConfig", "Glm4MoeForCausalLM", {**DECODER, **GLM_MOE, "use_qk_norm": True, "attention_bias": True}),
     ("Glm4MoeConfig", "Glm4MoeForCausalLM", {**DECODER, **GLM_MOE}),
     ("MiniMaxM2Config", "MiniMaxM2ForCausalLM", {**DECODER, "num_local_experts": 3, "num_experts_per_tok": 2}),
+    ("SeedOssConfig", "SeedOssForCausalLM", {**DECODER, "head_dim": 32, "attention_out_bias": True, "mlp_bias": True}),
+    ("SeedOssConfig", "SeedOssForCausalLM", {**DECODER, "attention_bias": False, "tie_word_embeddings": True}),
+    ("CwmConfig", "CwmForCausalLM", {**DECODER, "head_dim": 16, "eos_token_id": 1, "bos_token_id": 0}),
+    ("MinistralConfig", "MinistralForCausalLM", {**DECODER, "head_dim": 32}),
+    ("Dots1Config", "Dots1ForCausalLM", {**DECODER, **GLM_MOE, "n_shared_experts": 1, "attention_bias": True}),
+    ("SolarOpenConfig", "SolarOpenForCausalLM", {**DECODER, **GLM_MOE, **ENDS, "attention_bias": True}),
+    ("FlexOlmoConfig", "FlexOlmoForCausalLM", {**DECODER, "num_experts": 3, "num_experts_per_tok": 2, **ENDS}),
+    ("GraniteMoeSharedConfig", "GraniteMoeSharedForCausalLM", {**DECODER, "shared_intermediate_size": 48}),
+    ("GraniteMoeSharedConfig", "GraniteMoeSharedForCausalLM", {**DECODER, "shared_intermediate_size": 0}),
+    ("HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM", {**DECODER, "head_dim": 16, "attention_bias": True}),
+    ("Jais2Config", "Jais2ForCausalLM", {**DECODER, "head_dim": 16, **ENDS}),
+    ("Glm4MoeLiteConfig", "Glm4MoeLiteForCausalLM", {**DECODER, **LATENT}),
+    ("Glm4MoeLiteConfig", "Glm4MoeLiteForCausalLM", {**DECODER, **LATENT, "q_lora_rank": None, "num_hidden_layers": 3}),
     ("MambaConfig", "MambaForCausalLM", MAMBA),
     ("MambaConfig", "MambaForCausalLM", {**MAMBA, "use_bias": True, "tie_word_embeddings": False}),
     ("T5Config", "T5ForConditionalGeneration", T5),
     ("T5Config", "T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu", "num_decoder_layers": 3}),
+    ("UMT5Config", "UMT5ForConditionalGeneration", {**T5, "num_decoder_layers": 3}),
+    ("UMT5Config", "UMT5ForConditionalGeneration", {**T5, "feed_forward_proj": "relu"}),
     ("NomicBertConfig", "NomicBertModel", ENCODER),
     ("NomicBertConfig", "NomicBertForMaskedLM", ENCODER),
     ("NomicBertConfig", "NomicBertForMaskedLM", {**ENCODER, "tie_word_embeddings": False}),
