@@ -5,6 +5,7 @@
 | default                  | none              |                                               |
 | linear                   | linear            |                                               |
 | dynamic                  | none              | (stretches beyond the context, where files end)|
+| dynamic with `alpha`     | none              | (HunYuan: the base is stretched by it, for all)|
 | llama3                   | none              | rope_freqs.weight, one divisor a frequency    |
 | yarn                     | yarn              |                                               |
 | longrope                 | longrope          | rope_factors_long.weight, _short.weight       |
@@ -24,6 +25,8 @@ import numpy as np
 
 from tightship.errors import Malformed, Unsupported
 from tightship.formats.gguf_file import Field
+
+_STRETCHED = "ntk_alpha"  # as HunYuan's class of transformers calls it
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ def rope(config: Mapping[str, Any], hyper: Mapping[str, Any], gguf: Mapping[str,
     local = _local(given, gguf)
     given = given.get("full_attention", given)
     kind = given.get("rope_type", given.get("type", "default"))
-    if kind == "dynamic":
+    if kind == "dynamic" and given.get("alpha") and _STRETCHED in gguf["rope_types"]:
+        kind = _STRETCHED
+    elif kind == "dynamic":
         kind = "default"  # transformers changes the base for texts beyond max_position_embeddings alone
     if kind not in gguf["rope_types"]:
         raise Unsupported(
@@ -53,6 +58,8 @@ def rope(config: Mapping[str, Any], hyper: Mapping[str, Any], gguf: Mapping[str,
         )
     width = int(hyper.get("rope_dim", hyper.get("rotary", _partial(config, given)) * int(hyper["head_dim"])))
     base = float(given.get("rope_theta", config.get("rope_theta", hyper.get("rope_theta", 10000.0))))
+    if kind == _STRETCHED:
+        base *= float(given["alpha"]) ** (width / (width - 2))
     fields = {"rope.dimension_count": Field("u32", width), "rope.freq_base": Field("f32", base), **local}
     if kind == "linear":
         scaling = {"type": Field("str", "linear"), "factor": Field("f32", _need(given, "factor"))}

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 Turn = tuple["ir.Value", "ir.Value", int]
 _FARTHEST = 128  # tokens; MPNet has no word for it
-_FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the prompt
+# The others change their frequencies with the prompt.
+_FIXED_ROPES = ("default", "linear", "llama3", "yarn", "ntk_alpha")
 
 
 def rotation(net: Network, positions: ir.Value, kind: str) -> Turn:
@@ -145,8 +146,8 @@ def bucket_biases(
     T5 (arXiv 1910.10683), section 2.1. The table is the model's, that of a first block, or a block's own (UMT5).
     `ahead` is whether keys ahead of a query have buckets of their own.
     """
-    own = [(block, "attn_rel_b") for block in range(layers) if net.has(block, "attn_rel_b")]
-    tables = own or [(None, "rel_bias")]
+    own = [block for block in range(layers) if net.has(block, "attn_rel_b")]
+    tables: list[tuple[int | None, str]] = [(block, "attn_rel_b") for block in own] or [(None, "rel_bias")]
     buckets, farthest = net.rows(*tables[0]), int(net.option("relative_attention_max_distance", _FARTHEST))
     rows = t5_buckets(np.arange(-farthest, farthest + 1), buckets, farthest, ahead=ahead)
     places = by_distance(net, queries, keys, f"{tables[0][1]}.rows", rows)

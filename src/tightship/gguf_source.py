@@ -8,7 +8,7 @@ metadata (`gguf_config.py`). Nothing is decoded: a Q4_K tensor stays Q4_K.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def open_gguf(path: str | Path, progress: Progress = no_progress, *, hashed: boo
 
     path = Path(path)
     file = read_shards(path)
-    architecture = _family(file.metadata)
+    architecture = _family(file.metadata, file.tensors)
     metadata, layers = split_widths(architecture, file.metadata)
     config = config_of(architecture, metadata, file.tensors) | layers
     architecture.check_supported(config)
@@ -58,8 +58,11 @@ def _name(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", text).strip(".-")[:96] or "model"
 
 
-def _family(metadata: Metadata) -> Architecture:
-    """The family of the file's architecture, with experts or without; its namesake where several share one."""
+def _family(metadata: Metadata, tensors: Collection[str]) -> Architecture:
+    """The family of the file's architecture, with experts or without; its namesake where several share one.
+
+    One with a `told_by` is meant where the file has that tensor, and not where it lacks it.
+    """
     kind = metadata.get("general.type", "model")
     if kind != "model":
         raise Unsupported(f"this GGUF file holds no model: its general.type is {kind!r}")
@@ -77,6 +80,8 @@ def _family(metadata: Metadata) -> Architecture:
             f"a {arch} file lacks tensors that a checkpoint of its family needs",
             hint="start from the original",
         )
+    told = [a for a in whole if a.gguf and a.gguf.get("told_by") in tensors]
+    whole = told or [a for a in whole if a.gguf and "told_by" not in a.gguf]
     return next((a for a in whole if a.family == arch), whole[0])
 
 

@@ -38,6 +38,7 @@ LONG = {
 }
 T5 = {"vocab_size": 512, "d_model": 64, "d_kv": 12, "d_ff": 96, "num_layers": 2, "num_heads": 4}
 MPT = {"vocab_size": 512, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}
+STRETCHED = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 1000.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 SHARED = {**EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
@@ -47,6 +48,8 @@ LATENT |= {"num_key_value_heads": 4, "first_k_dense_replace": 1, "n_group": 1, "
 MSCALE = {"mscale": 0.7, "mscale_all_dim": 0.7}
 SCALES = {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 3.0}
 NEOX = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 2, "moe_intermediate_size": 32}
+ROUTED |= {"first_k_dense_replace": 1, "num_key_value_heads": 4, "sliding_window": None}
 SPECIAL = {f"{kind}_token_id": 0 for kind in ("pad", "bos", "eos", "cls", "sep")}
 BASES = {
     "full_attention": {"rope_type": "default", "rope_theta": 2e3},
@@ -62,6 +65,12 @@ EXACT: dict[str, tuple[str, dict[str, Any]]] = {
         {**SIZES, **EXPERTS, "head_dim": 16, "moe_intermediate_size": 32, "norm_topk_prob": True},
     ),
     "qwen2-moe": ("Qwen2MoeForCausalLM", {**SIZES, **SHARED}),
+    "seed-oss": ("SeedOssForCausalLM", {**SIZES, "head_dim": 32, "attention_out_bias": False}),
+    "hunyuan": ("HunYuanDenseV1ForCausalLM", {**SIZES, "head_dim": 32, "tie_word_embeddings": True}),
+    "hunyuan-stretched": ("HunYuanDenseV1ForCausalLM", {**SIZES, "head_dim": 32, "rope_parameters": STRETCHED}),
+    "dots1": ("Dots1ForCausalLM", {**NEOX, **ROUTED, "norm_topk_prob": True, "routed_scaling_factor": 2.0}),
+    "dots1-shares": ("Dots1ForCausalLM", {**NEOX, **ROUTED, "norm_topk_prob": False}),
+    "umt5": ("UMT5ForConditionalGeneration", {**T5, "num_layers": 3, "feed_forward_proj": "relu"}),
     "olmoe": ("OlmoeForCausalLM", {**SIZES, **EXPERTS, "num_key_value_heads": 4}),
     "olmo2": ("Olmo2ForCausalLM", SIZES),
     "granite": ("GraniteForCausalLM", {**SIZES, **SCALES, "attention_bias": True, "mlp_bias": True}),
@@ -126,6 +135,7 @@ GELU: dict[str, tuple[str, dict[str, Any]]] = {
         "ModernBertModel",
         {**NEOX, **SPECIAL, "num_hidden_layers": 4, "local_attention": 7, "rope_parameters": BASES},
     ),
+    "umt5-gated": ("UMT5ForConditionalGeneration", T5),
     "t5-gated": ("T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu", "num_layers": 3}),
     "starcoder2": ("Starcoder2ForCausalLM", SIZES),
     "phi": ("PhiForCausalLM", SIZES),
@@ -169,6 +179,10 @@ def test_logits_are_those_of_transformers(  # noqa: PLR0917 - fixtures
 @pytest.mark.parametrize(
     ("class_name", "config", "key"),
     [
+        ("SeedOssForCausalLM", {**SIZES, "attention_out_bias": True}, "attention_out_bias"),
+        ("HunYuanDenseV1ForCausalLM", {**SIZES, "head_dim": 16, "attention_bias": True}, "attention_bias"),
+        ("Dots1ForCausalLM", {**NEOX, **ROUTED, "n_group": 2}, "n_group"),
+        ("Dots1ForCausalLM", {**NEOX, **ROUTED, "num_key_value_heads": 2}, "num_key_value_heads"),
         ("Gemma2ForCausalLM", {**GEMMA, "query_pre_attn_scalar": 32}, "query_pre_attn_scalar"),
         ("Gemma2ForCausalLM", {**GEMMA, "num_hidden_layers": 46}, "num_hidden_layers"),
         ("Gemma2ForCausalLM", {**GEMMA, "tie_word_embeddings": False}, "tie_word_embeddings"),

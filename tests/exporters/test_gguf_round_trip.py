@@ -59,8 +59,10 @@ LATENT = {
     "n_group": 2,
     "topk_group": 1,
 }
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 32}
+ROUTED |= {"first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.0}
 MSCALE = {"mscale": 1.0, "mscale_all_dim": 1.0}
-ROUNDED = ("gemma", "gemma2", "gemma3", "mamba", "t5")  # the file holds a function of some weights
+ROUNDED = ("gemma", "gemma2", "gemma3", "mamba", "t5", "umt5")  # the file holds a function of some weights
 MODELS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {**SIZES, "attention_bias": True, "mlp_bias": True}),
     "llama-tied": ("LlamaForCausalLM", {**SIZES, "head_dim": 32, "tie_word_embeddings": True}),
@@ -70,6 +72,12 @@ MODELS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "qwen3": ("Qwen3ForCausalLM", {**SIZES, "head_dim": 16}),
     "mixtral": ("MixtralForCausalLM", {**SIZES, **EXPERTS}),
     "olmo": ("OlmoForCausalLM", {**SIZES, "eos_token_id": 0, "clip_qkv": 0.5}),
+    "seed-oss": ("SeedOssForCausalLM", {**SIZES, "head_dim": 32, "attention_out_bias": False}),
+    "hunyuan": ("HunYuanDenseV1ForCausalLM", {**SIZES, "head_dim": 32}),
+    "dots1": (
+        "Dots1ForCausalLM",
+        {**NEOX, **ROUTED, "num_key_value_heads": 4, "sliding_window": None},
+    ),
     "smollm3": ("SmolLM3ForCausalLM", {**SIZES, "num_hidden_layers": 5, "pad_token_id": 0}),
     "glm4": ("Glm4ForCausalLM", {**SIZES, "head_dim": 16, "pad_token_id": 0}),
     "phi": ("PhiForCausalLM", SIZES),
@@ -89,6 +97,10 @@ MODELS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "modernbert": ("ModernBertModel", {**NEOX, **SPECIAL, "num_hidden_layers": 4, "local_attention": 12}),
     "t5": (
         "T5ForConditionalGeneration",
+        {"vocab_size": 512, "d_model": 64, "d_kv": 12, "d_ff": 96, "num_layers": 2, "num_heads": 4},
+    ),
+    "umt5": (
+        "UMT5ForConditionalGeneration",
         {"vocab_size": 512, "d_model": 64, "d_kv": 12, "d_ff": 96, "num_layers": 2, "num_heads": 4},
     ),
     "t5-gated": (
