@@ -2,7 +2,7 @@
 
 numba's own cache asks only whether the file of the outermost function changed, not those of the functions it calls,
 and numbers its files, so that two processes filling a cold cache may overwrite each other's. Here a file is named by
-what it holds: the sources of all kernels, numba's version, the signature and the CPU.
+what it holds: the sources of this package's kernels and of its own file, numba's version, the signature and the CPU.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from numba.core.serialize import dumps
 
 
 @cache
-def _sources() -> str:
-    """Digest of numba's version and of every module of this package that defines kernels, or what they are made of."""
+def _sources(origin: str) -> str:
+    """Digest of numba's version, of the file `origin`, and of every module of this package that kernels are made of."""
     digest = hashlib.sha256(numba.__version__.encode())
+    digest.update(Path(origin).read_bytes())
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         text = path.read_bytes()
         if path.name in {"jit.py", "lanes.py"} or b"formats.jit" in text:
@@ -34,11 +35,14 @@ def _sources() -> str:
 class _Files:
     """What a numba cache asks of its files: `save`, `load`, `flush`."""
 
-    def __init__(self, folder: str, base: str) -> None:
-        self._folder, self._base = Path(folder), base
+    def __init__(self, folder: str, base: str, origin: str) -> None:
+        self._folder, self._base, self._origin = Path(folder), base, origin
 
     def _path(self, key: object) -> Path:
-        return self._folder / f"{self._base}.{_sources()}.{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.nbc"
+        return (
+            self._folder
+            / f"{self._base}.{_sources(self._origin)}.{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.nbc"
+        )
 
     def save(self, key: object, data: object) -> None:
         path = self._path(key)
@@ -46,7 +50,7 @@ class _Files:
         partial.write_bytes(dumps(data))
         os.replace(partial, path)
         for other in self._folder.glob(f"{self._base}.*.nbc"):
-            if _sources() not in other.name:
+            if _sources(self._origin) not in other.name:
                 other.unlink(missing_ok=True)
 
     def load(self, key: object) -> Any:
@@ -68,5 +72,5 @@ def kernel(function: Callable[..., Any]) -> Any:
     except RuntimeError:  # nowhere to write: every process compiles for itself
         return compiled
     store = compiled._cache
-    store._cache_file = _Files(store.cache_path, store._impl.filename_base)
+    store._cache_file = _Files(store.cache_path, store._impl.filename_base, function.__code__.co_filename)
     return compiled

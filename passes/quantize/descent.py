@@ -40,16 +40,10 @@ def descend(
         moved = False
         for first in range(0, w.shape[1], TOGETHER):
             run = slice(first, min(first + TOGETHER, w.shape[1]))
-            change = torch.zeros_like(values[run])
-            local = slope[run].clone()
-            for j in range(run.start, run.stop):
-                code, value = grid.round(values[j] - local[j - first] / moments[j, j], j)
-                if fixed is not None:
-                    code = torch.where(fixed[j], codes[j], code)
-                    value = torch.where(fixed[j], values[j], value)
-                torch.sub(value, values[j], out=change[j - first])
-                local[j - first + 1 :].addr_(moments[j, j + 1 : run.stop], change[j - first])
-                codes[j], values[j] = code, value
+            kept = None if fixed is None else fixed[run]
+            change = grid.descend(
+                first, values[run], codes[run], slope=slope[run], moments=moments[run, run], fixed=kept
+            )
             slope.addmm_(moments[:, run], change)
             moved = moved or bool(change.any())
         if not moved:

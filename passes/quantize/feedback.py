@@ -107,15 +107,10 @@ class _Job:
         codes = torch.empty((stop - start, self.weights.shape[1]), dtype=torch.int32, device=self.weights.device)
         for first in range(start, stop, TOGETHER):
             last = min(first + TOGETHER, stop)
-            block = self.weights[first:last]
+            zeros = None if self.zeros is None else self.zeros[first:last]
             factor = self.factor[first:last, first:last]
-            errors = torch.empty_like(block)
-            for j in range(last - first):
-                w = block[j]
-                wanted = w if self.zeros is None else w.masked_fill(self.zeros[first + j], 0.0)
-                code, value = grid.round(wanted, first + j - start)
-                codes[first + j - start] = code
-                torch.div(w - value, factor[j, j], out=errors[j])
-                block[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+            codes[first - start : last - start], errors = grid.feed_back(
+                first - start, self.weights[first:last], factor, zeros
+            )
             self.weights[last:].addmm_(self.factor[first:last, last:].T, errors, alpha=-1)
         return np.ascontiguousarray(codes.cpu().numpy().T)

@@ -35,13 +35,13 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
 
 
 def test_other_sources_find_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = jit._Files(str(tmp_path), "module.function-1.py311")
-    monkeypatch.setattr(jit, "_sources", lambda: "aaaa")
+    files = jit._Files(str(tmp_path), "module.function-1.py311", "module.py")
+    monkeypatch.setattr(jit, "_sources", lambda _: "aaaa")
     files.save(("float32",), {"code": 1})
     files.save(("int8",), {"code": 2})
     assert files.load(("float32",)) == {"code": 1}
     assert files.load(("int8",)) == {"code": 2}
-    monkeypatch.setattr(jit, "_sources", lambda: "bbbb")
+    monkeypatch.setattr(jit, "_sources", lambda _: "bbbb")
     assert files.load(("float32",)) is None
     files.save(("float32",), {"code": 3})
     assert files.load(("float32",)) == {"code": 3}
