@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from tightship.architecture import TensorInfo, holds, literal
+from tightship.architecture import TensorInfo
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported
+from tightship.expressions import holds, literal
 from tightship.weights import Alias, Dense
 
 

@@ -24,9 +24,9 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from tightship.architecture import holds
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported
+from tightship.expressions import holds
 from tightship.passes.base import Pass, Run
 from tightship.passes.folding import Fold, adds_one, folds_of, plain
 from tightship.passes.rotation import Kind, Rotation

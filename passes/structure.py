@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from tightship.architecture import literal
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Unsupported
+from tightship.expressions import literal
 from tightship.per_layer import KEY
 from tightship.weights import Alias, Dense, Weight
 

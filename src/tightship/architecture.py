@@ -19,11 +19,11 @@ from importlib import resources
 from typing import Any
 
 from tightship.errors import Malformed, Unsupported
+from tightship.expressions import alternative, dig, holds, literal
 from tightship.per_layer import WIDTHS, check_layers, has_unlike_layers, layer_config
 from tightship.untrusted import strict_json
 
 KINDS = ("linear", "embedding", "head", "norm", "bias", "router", "position", "other")
-_FACTOR = re.compile(r"([*/]?)\s*([a-z_0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -100,18 +100,7 @@ class Architecture:
     def hyper(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Canonical hyper-parameters of a concrete config.json.
 
-        Each entry of `config` is an alternative, or a list of alternatives tried in order:
-
-        | alternative          | value                                                            |
-        |----------------------|------------------------------------------------------------------|
-        | `key` or `a.b`       | the config's, unless absent or null                              |
-        | `#key`               | number of entries under the key                                  |
-        | `key==word`          | list of 1 and 0, whether each entry of the key's list is `word`  |
-        | `#key==word`         | number of entries that are `word`                                |
-        | `=expression`        | computed from what was already found                             |
-        | a number             | itself                                                           |
-        | `none`               | None                                                             |
-        | any of them`?key`    | only if the config's key is true                                 |
+        Each entry of `config` is an alternative of `tightship.expressions`, or a list of them tried in order.
 
         Raises:
             Malformed: none of the alternatives is there.
@@ -120,7 +109,7 @@ class Architecture:
         for name, alternatives in self.config.items():
             options = alternatives if isinstance(alternatives, list) else [alternatives]
             for option in options:
-                value = _alternative(option, config, found)
+                value = alternative(option, config, found)
                 if value is not None or option == "none":
                     found[name] = value
                     break
@@ -189,7 +178,7 @@ class Architecture:
 
     def _refuse(self, rules: Iterable[Mapping[str, Any]], config: Mapping[str, Any], where: str) -> None:
         for rule in rules:
-            value = _dig(config, rule["key"])
+            value = dig(config, rule["key"])
             if value is None or not holds(rule.get("when", {}), config):
                 continue
             if not self._agrees(value, rule, config):
@@ -217,59 +206,6 @@ def full_layers(rule: Mapping[str, Any]) -> tuple[int, int]:
     """Period, and place in it, of the layers that see everything, of a `full_every` rule."""
     period = int(rule["full_every"])
     return period, 0 if rule.get("full_first") else period - 1
-
-
-def _alternative(option: str | float, config: Mapping[str, Any], found: Mapping[str, Any]) -> Any:
-    if not isinstance(option, str):
-        return option
-    option, _, condition = option.partition("?")
-    if option == "none" or (condition and not _dig(config, condition)):
-        return None
-    if option.startswith("="):
-        return literal(option[1:], found)
-    key, _, word = option.removeprefix("#").partition("==")
-    value = _dig(config, key)
-    if value is None:
-        return None
-    if word:
-        marks = [int(entry == word) for entry in value]
-        return sum(marks) if option.startswith("#") else marks
-    return len(value) if option.startswith("#") else value
-
-
-def literal(expression: str, hyper: Mapping[str, Any]) -> Any:
-    """Value of a name, or of a sum of products (`heads*head_dim`, `hidden/heads+2`): the data files' whole arithmetic.
-
-    Raises:
-        Malformed: a name that is not a hyper-parameter.
-    """
-    if expression in hyper:
-        return hyper[expression]
-    return sum(_product(term, expression, hyper) for term in expression.split("+"))
-
-
-def _product(term: str, expression: str, hyper: Mapping[str, Any]) -> int:
-    value = 1
-    for operator, name in _FACTOR.findall(term):
-        if not name.isdigit() and name not in hyper:
-            raise Malformed(f"architecture expression {expression!r} needs {name!r}, which the config does not give")
-        factor = int(name) if name.isdigit() else hyper[name]
-        value = value // factor if operator == "/" else value * factor
-    return value
-
-
-def holds(when: Mapping[str, Iterable[Any]], config: Mapping[str, Any]) -> bool:
-    """Whether every key (dotted) of `when` has one of its values in the config; an absent key has value None."""
-    return all(_dig(config, key) in values for key, values in when.items())
-
-
-def _dig(config: Mapping[str, Any], dotted: str) -> Any:
-    value: Any = config
-    for key in dotted.split("."):
-        if not isinstance(value, Mapping) or key not in value:
-            return None
-        value = value[key]
-    return value
 
 
 @functools.cache

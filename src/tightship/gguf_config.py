@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from tightship.architecture import Architecture, full_layers, holds, literal
+from tightship.architecture import Architecture, full_layers
 from tightship.errors import Malformed, Unsupported
+from tightship.expressions import holds, literal
 
 Metadata = Mapping[str, Any]
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 import transformers
 
-from tightship.architecture import all_architectures, architecture_for, build, literal
+from tightship.architecture import all_architectures, architecture_for, build
 from tightship.errors import Malformed, Unsupported
+from tightship.expressions import literal
 from tightship.opening import open_checkpoint
 from tightship.weights import Alias
 
