@@ -9,7 +9,8 @@ that no row was trained on. Learning rates are chosen by what is lost on the tun
 - low-rank: SVD, ASVD and SVD-LLM, with 20 % and 40 % of the parameters of each matrix of the blocks removed; SVD-LLM
   also with as many removed of all matrices together, ranks shared out by loss.
 - recovery: how much of the perplexity that pruning cost each method returns: (pruned - recovered) / (pruned - dense).
-  `teacher`: `distill` with alpha 1 and the dense model as its teacher, under the mask or in the smaller shape.
+  `teacher`: `distill` with alpha 1 and the dense model as its teacher, under the mask or in the smaller shape;
+  `teacher and its text`: of the tokens trained on, half are from text that the dense model wrote.
 - logprobs: how near the loss from stored log-probabilities comes to the live teacher's.
 - distill: a student of every other layer without a teacher, the learning rate tuned for it on a held-out part of the
   training text; then, at that rate, with its teacher, three seeds each; then with features, and through an assistant.
@@ -60,6 +61,7 @@ SEEDS = [0, 1, 2]
 LIVE = {"batch": 4, "snapshot": 16, "held_out": 0.01}
 RECOVERIES: list[tuple[str, dict[str, Any]]] = [
     ("teacher", {"rate": 1e-4, **LIVE}),
+    ("teacher and its text", {"rate": 1e-4, **LIVE}),
     ("teacher", {"rate": 2e-4, **LIVE}),
     ("teacher", {"rate": 5e-4, **LIVE}),
     ("full", {"rate": 5e-4}),
@@ -67,6 +69,7 @@ RECOVERIES: list[tuple[str, dict[str, Any]]] = [
     ("norms", {"rate": 5e-3}),
     ("blockwise", {"rate": 5e-4, "batch": 4}),
 ]
+TAUGHT = {"teacher": 0, "teacher and its text": 1}  # texts that the teacher writes, each as long as the training
 KEPT = [64, 128, 256]
 Row = dict[str, Any]
 
@@ -151,9 +154,9 @@ class Bench:
         """A row of a recovery; `limits` are those of the dense and of the pruned model."""
         method, said = recovery[0], {**recovery[1], "tokens": self.tokens}
         step: Step = ("recover", {**said, "method": method})
-        if method == "teacher":
-            step = ("distill", {"alpha": 1.0, "temperature": 1.0, **said})
-        inputs = {"teacher": self.checkpoint} if method in ("teacher", "blockwise") else {}
+        if method in TAUGHT:
+            step = ("distill", {"alpha": 1.0, "temperature": 1.0, "written": TAUGHT[method] * self.tokens, **said})
+        inputs = {"teacher": self.checkpoint} if method in (*TAUGHT, "blockwise") else {}
         result, _ = self.apply(pruned(), step, what, **inputs)
         found = self.measured(result)
         dense, lost = (row["perplexity"] for row in limits)
