@@ -33,7 +33,7 @@ INLINE_BYTES = 1024  # shape constants and the like stay in the graph, where sha
 MAPPED_BYTES = 1 << 20
 SMALL_ALIGNMENT = 64
 MAPPED_ALIGNMENT = 1 << 16
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20  # bytes: a turned copy stays in the cache
 
 
 @dataclass(frozen=True)
@@ -183,12 +183,11 @@ def _scrub_nodes(nodes: Iterable[onnx.NodeProto]) -> None:
 
 def _stream(item: Initializer, stream: BinaryIO) -> None:
     for data in _bytes_of(item):
-        for start in range(0, data.nbytes, _CHUNK):
-            stream.write(data[start : start + _CHUNK])
+        stream.write(data)
 
 
 def _bytes_of(item: Initializer) -> Iterator[memoryview]:
-    """The data, array by array.
+    """The data, run by run of rows: a copy of a whole turned matrix would be new memory each time.
 
     Raises:
         Malformed: they are not as many bytes as announced.
@@ -196,9 +195,12 @@ def _bytes_of(item: Initializer) -> Iterator[memoryview]:
     data = item.read()
     found = 0
     for part in data if isinstance(data, Iterator) else (data,):
-        array = np.ascontiguousarray(part)
-        found += array.nbytes
-        yield array.reshape(-1).view(np.uint8).data
+        array = np.atleast_1d(part)
+        step = max(1, _CHUNK * len(array) // max(array.nbytes, 1))
+        for start in range(0, len(array), step):
+            run = np.ascontiguousarray(array[start : start + step])
+            found += run.nbytes
+            yield run.reshape(-1).view(np.uint8).data
     if found != item.nbytes:
         raise Malformed(f"{found} bytes of data where {item.nbytes} were announced", tensor=item.name)
 
