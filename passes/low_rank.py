@@ -156,8 +156,7 @@ class LowRank(Pass):
         shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in matrices.items()}
         if self.by != "loss":
             elements = budget // max(self._unit(w) for w in matrices.values())
-            found = by_energy({name: each.singular for name, each in spectra}, shapes, elements)
-            return {name: self._whole(rank) for name, rank in found.items()}
+            return by_energy({name: each.singular for name, each in spectra}, shapes, elements, self.multiple)
 
         def measured() -> Found:
             model = StandIns(checkpoint, calibration_windows(checkpoint, run), run)

@@ -76,26 +76,27 @@ def by_loss(
 
 
 def by_energy(
-    spectra: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, int]], elements: int
+    spectra: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, int]], elements: int, multiple: int = 1
 ) -> dict[str, int]:
-    """Ranks that keep the most, weight for weight, with at most `elements` factor elements in all; at least 1 each.
+    """Ranks that keep the most, weight for weight, with at most `elements` factor elements in all; `multiple` at least.
 
     What a rank keeps is its squared singular value as a share of its matrix's sum: layers are compared by the share of
     their own output, not by its size. Singular values descend, so taking the best ratio first is the optimum of the
-    relaxed problem. Ties go to the earlier name.
+    relaxed problem. Ties go to the earlier name. A matrix whose factors would save nothing has rank 0.
     """
-    ranks = {name: min(1, most_useful(*shapes[name])) for name in sorted(spectra)}
-    spent = sum(ranks[name] * sum(shapes[name]) for name in ranks)
+    packs = {name: most_useful(*shapes[name]) // multiple for name in sorted(spectra)}
+    taken = {name: min(1, most) for name, most in packs.items()}
+    costs = {name: multiple * sum(shapes[name]) for name in packs}
+    spent = sum(taken[name] * costs[name] for name in packs)
     offers = []
-    for name in ranks:
+    for name, most in packs.items():
         squares = spectra[name] ** 2
-        cost = sum(shapes[name])
-        shares = squares / max(float(squares.sum()), np.finfo(np.float64).tiny)
-        offers += [(-float(shares[k]) / cost, name, k) for k in range(1, min(most_useful(*shapes[name]), len(squares)))]
+        shares = squares[: most * multiple].reshape(-1, multiple).sum(axis=1)
+        shares = shares / max(float(squares.sum()), np.finfo(np.float64).tiny)
+        offers += [(-float(shares[k]) / costs[name], name, k) for k in range(1, most)]
     for _, name, index in sorted(offers):
-        cost = sum(shapes[name])
         # within a matrix offers come in rank order; one that does not fit closes the matrix
-        if ranks[name] == index and spent + cost <= elements:
-            ranks[name] += 1
-            spent += cost
-    return ranks
+        if taken[name] == index and spent + costs[name] <= elements:
+            taken[name] += 1
+            spent += costs[name]
+    return {name: multiple * count for name, count in taken.items()}

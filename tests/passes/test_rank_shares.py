@@ -26,6 +26,9 @@ def test_budget_takes_the_best_ranks_and_stays_inside() -> None:
     assert by_energy(spectra, shapes, 40) == {"a": 1, "b": 1}
     assert by_energy(spectra, shapes, 60) == {"a": 2, "b": 1}
     assert by_energy(spectra, shapes, 99) == {"a": 2, "b": 2}
+    # in twos: after two each, b's next two (.5) beat a's (.039), and cost 40
+    assert by_energy(spectra, shapes, 119, multiple=2) == {"a": 2, "b": 2}
+    assert by_energy(spectra, shapes, 120, multiple=2) == {"a": 2, "b": 4}
 
 
 @pytest.mark.parametrize(
