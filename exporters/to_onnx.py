@@ -32,7 +32,7 @@ from tightship.exporters.onnx_candidates.skeleton import (
     outputs_of,
 )
 from tightship.exporters.onnx_schemes import PORTABLE, ROUNDED, fixed_shapes, layouts_of, style_for, style_of
-from tightship.exporters.onnx_speed import SLOW_HALF, speed_notes
+from tightship.exporters.onnx_speed import ONE_NODE, SLOW_HALF, speed_notes
 from tightship.exporters.onnx_stacks import check_experts, stack_words
 from tightship.exporters.onnx_storage import IN_FLOAT32, Style, storage
 from tightship.exporters.onnx_units import left_out
@@ -94,8 +94,7 @@ class OnnxExporter:
         total = sum(t.nbytes for t in tensors)
         multiplied = speed_notes(t.storage for t in tensors if t.name not in tables)
         notes = (*_notes(tensors), *multiplied, *left_in_float32(checkpoint), *_omissions(needless))
-        if style.half:
-            notes = (SLOW_HALF, *notes)
+        notes = (*[SLOW_HALF] * style.half, *[ONE_NODE] * style.one_node, *notes)
         if not fits(checkpoint):
             notes = (*notes, "no genai_config.json: onnxruntime-genai wants keys of one number of heads in all layers")
         return TargetPlan(target, tuple(tensors), total, notes)

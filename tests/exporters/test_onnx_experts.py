@@ -85,6 +85,7 @@ def test_stacks_hold_the_same_integers(artifact: tuple[Path, TargetPlan], mixtra
     stored = OnnxStored(mixtral, directory / "model.onnx")
     proof = prove_values(mixtral, plan, stored)
     assert [c.reason for c in proof.checks if c.verdict != "pass"] == []
+    assert any("prompts 0.9 times" in note for note in plan.notes)
     names = [t.name for t in plan.tensors if t.storage == "QMoE 4 bit, block 32"]
     assert len(names) == 2 * 4 * 3
     for name in names:
