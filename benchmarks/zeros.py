@@ -5,8 +5,9 @@
 Magnitude pruning of the linears of the blocks: which weights are zero does not matter here, how many does. Every model
 is exported to GGUF, ONNX (and that with sparse initializers) and safetensors, in the source's type, and run in
 llama.cpp, ONNX Runtime and transformers, taking turns with the dense one; a figure is the median over rounds of the
-ratio within a round. Memory is the peak of the process less that of its libraries. File sizes are also given behind
-`zstd -3`, which is what a download or a compressing file system sees. Needs the `zstd` program.
+ratio within a round; the dense model a second time is the control. Memory is the peak of the process less that of its
+libraries. File sizes are also given behind `zstd -3`, which is what a download or a compressing file system sees. Needs
+the `zstd` program.
 
 Writes zeros-NAME.json and .md. Artifacts that are there already are not measured again, so that `--minutes`, after
 which no new runtime is begun, cuts the table into short runs.
@@ -38,6 +39,7 @@ PRUNED: dict[str, dict[str, Any] | None] = {
     "2:4": {"pattern": "2:4"},
     "70 %": {"sparsity": 0.7},
     "90 %": {"sparsity": 0.9},
+    "dense again": None,
 }
 ARTIFACTS = {"gguf": "llama.cpp", "onnx": "onnxruntime", "onnx, sparse": "onnxruntime", "safetensors": "transformers"}
 
@@ -110,7 +112,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     began, checkpoint = time.monotonic(), open_checkpoint(options.checkpoint)
-    plan = Plan(prompt=128, decode=32, rounds=options.rounds, threads=options.threads)
+    plan = Plan(prompt=256, decode=128, rounds=options.rounds, threads=options.threads)
     stem = options.out / f"zeros-{checkpoint.name}"
     report: dict[str, Any] = {"checkpoint": checkpoint.name, "plan": vars(plan), "rows": []}
     known = stem.with_suffix(".json")

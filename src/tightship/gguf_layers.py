@@ -51,11 +51,13 @@ def split_widths(architecture: Architecture, metadata: Mapping[str, Any]) -> tup
         return renamed, {}
     blocks = range(len(next(iter(widths.values()))))
     table = {str(n): {architecture.keys(width)[0]: own[n] for width, own in widths.items()} for n in blocks}
-    if "heads" in widths:  # transformers wants some that divide the stream, though every block has its own
-        stream = metadata.get(f"{arch}.embedding_length")
-        size = stream // widths["heads"][0] if isinstance(stream, int) else None  # as the first block's, if not said
-        renamed = {f"{plain}.attention.key_length": size} | renamed
-        renamed |= {f"{plain}.{_KEYS[width]}": 1 for width in ("heads", "kv_heads")}
+    if "heads" in widths:
+        stream, heads = _number(f"{arch}.embedding_length", metadata.get(f"{arch}.embedding_length")), widths["heads"]
+        renamed = {f"{plain}.attention.key_length": stream // heads[0]} | renamed
+        # transformers wants heads at the top level that divide the stream, though every block has its own.
+        block = next((n for n, count in enumerate(heads) if stream % count == 0), None)
+        both = (1, 1) if block is None else (heads[block], widths["kv_heads"][block])
+        renamed |= {f"{plain}.{_KEYS[w]}": number for w, number in zip(("heads", "kv_heads"), both, strict=True)}
     return renamed, {KEY: table}
 
 

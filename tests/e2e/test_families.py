@@ -45,29 +45,13 @@ FAMILIES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_container_is_proven(family: str, qwen: Path, build_command: Callable[..., Any], tmp_path: Path) -> None:
-    done = build_command(random_model(family, tmp_path, qwen), "--quantize", "int8", *THREE)
+def test_every_container_is_proven(
+    family: str, random_model: Callable[..., Path], build_command: Callable[..., Any]
+) -> None:
+    done = build_command(random_model(*FAMILIES[family]), "--quantize", "int8", *THREE)
     assert done.code == 0, done.body["error"]
     assert json.loads((done.output / "manifest.json").read_text())["accepted_unproven"] == []
     assert all(check["verdict"] == "pass" for check in done.checks.values())
     for target, runtime in (("gguf", "onnxruntime"), ("gguf", "llama.cpp"), ("onnx", "onnxruntime")):
         assert done.checks[f"{target}/{runtime}/graph/rel_l2"]["value"] <= 1e-5
     assert done.checks["onnx/onnxruntime/graph/rel_l2_through_cache"]["value"] <= 1e-5
-
-
-def random_model(family: str, folder: Path, tokenizer: Path) -> Path:
-    """Every parameter random, the tokenizer of another directory."""
-    import torch
-    import transformers
-
-    name, config = FAMILIES[family]
-    model_class = getattr(transformers, name)
-    torch.manual_seed(0)
-    model = model_class(model_class.config_class(**config))
-    with torch.no_grad():
-        for key, parameter in model.state_dict(keep_vars=True).items():
-            parameter.normal_(1 if "norm" in key else 0, 0.1)
-    model.save_pretrained(folder)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / file).write_bytes((tokenizer / file).read_bytes())
-    return folder

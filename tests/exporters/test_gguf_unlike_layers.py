@@ -104,6 +104,7 @@ def test_what_a_file_need_not_say(unlike: Callable, to_file: Callable, rewritten
     original = original.with_weights(cut).replace(config=config)
     said = {"deci.attention.head_count_kv": Field("u32", 2), "deci.feed_forward_length": Field("u32", 64)}
     back = open_gguf(rewritten(to_file(original)[1], tmp_path / "x.gguf", {**said, "deci.attention.key_length": None}))
+    assert (back.config["num_attention_heads"], back.config["num_key_value_heads"]) == (4, 2)
     assert [back.widths(width) for width in ("heads", "kv_heads", "ffn")] == [[4, 6, 2], [2] * 3, [64] * 3]
     ids = np.random.default_rng(1).integers(3, 500, (1, 24))
     np.testing.assert_array_equal(ModelView(back).outputs(ids)["logits"], ModelView(original).outputs(ids)["logits"])
