@@ -10,7 +10,8 @@ that no row was trained on. Learning rates are chosen by what is lost on the tun
   also with as many removed of all matrices together, ranks shared out by loss.
 - recovery: how much of the perplexity that pruning cost each method returns: (pruned - recovered) / (pruned - dense).
   `teacher`: `distill` with alpha 1 and the dense model as its teacher, under the mask or in the smaller shape;
-  `teacher and its text`: of the tokens trained on, half are from text that the dense model wrote.
+  `teacher and its text`: of the tokens trained on, half are from text that the dense model wrote;
+  `teacher and its states`: the hidden states of its blocks count as well.
 - logprobs: how near the loss from stored log-probabilities comes to the live teacher's.
 - distill: a student of every other layer without a teacher, the learning rate tuned for it on a held-out part of the
   training text; then, at that rate, with its teacher, three seeds each; then with features, and through an assistant.
@@ -62,6 +63,7 @@ LIVE = {"batch": 4, "snapshot": 16, "held_out": 0.01}
 RECOVERIES: list[tuple[str, dict[str, Any]]] = [
     ("teacher", {"rate": 1e-4, **LIVE}),
     ("teacher and its text", {"rate": 1e-4, **LIVE}),
+    ("teacher and its states", {"rate": 1e-4, "features": {"hidden": 1.0}, **LIVE}),
     ("teacher", {"rate": 2e-4, **LIVE}),
     ("teacher", {"rate": 5e-4, **LIVE}),
     ("full", {"rate": 5e-4}),
@@ -69,7 +71,7 @@ RECOVERIES: list[tuple[str, dict[str, Any]]] = [
     ("norms", {"rate": 5e-3}),
     ("blockwise", {"rate": 5e-4, "batch": 4}),
 ]
-TAUGHT = {"teacher": 0, "teacher and its text": 1}  # texts that the teacher writes, each as long as the training
+TAUGHT = {"teacher": 0, "teacher and its text": 1, "teacher and its states": 0}  # lengths of the training it writes
 KEPT = [64, 128, 256]
 Row = dict[str, Any]
 
