@@ -1,8 +1,9 @@
 """Quantization-aware training: weights and scales learn where they will be rounded to; block by block, then as a whole.
 
-1. Every matrix of the blocks gets a grid by `solver` `rtn` or `importance`.
+1. Every matrix of the blocks gets a grid by `solver`.
 2. Block by block, weights and scales are trained so that the rounded block puts out what the original block does on the
-   original's stream (`blockwise.py`), while its inputs come through the blocks rounded before it.
+   original's stream (`blockwise.py`), while its inputs come through the blocks rounded before it. Weights begin as the
+   original's, after `gptq` as what its codes stand for.
 3. End to end, codes stay and scales are trained on KL(original || quantized) of the next token. Layouts without scales
    of their own to train (K-quants and tables keep their grid) train their weights through the rounding instead.
 
@@ -47,7 +48,7 @@ class Qat(Training, Pass):
     destroys: ClassVar[frozenset[str]] = frozenset({"grid"})
 
     layout: str = "int4"
-    solver: Literal["rtn", "importance"] = "importance"
+    solver: Literal["rtn", "importance", "gptq"] = "importance"
     phases: tuple[Literal["blocks", "model"], ...] = ("blocks", "model")
     rate: float = 1e-4
     scale_rate: float = 1e-3
@@ -75,7 +76,8 @@ class Qat(Training, Pass):
         rounded = self._grid().apply(checkpoint, quiet)
         text = lessons(checkpoint, run, self)
         if "blocks" in self.phases:
-            found = reconstruct(rounded, checkpoint, text, self, run, leaves=_leaves_from(checkpoint, codes=True))
+            start = rounded if self.solver == "gptq" else checkpoint  # GPTQ's codes are not the nearest ones
+            found = reconstruct(rounded, checkpoint, text, self, run, leaves=_leaves_from(start, codes=True))
             rounded = rounded.with_weights(found)
         return self._end_to_end(checkpoint, rounded, text, run) if "model" in self.phases else rounded
 

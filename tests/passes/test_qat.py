@@ -87,3 +87,23 @@ def test_both_phases_bring_the_model_nearer(ember: Checkpoint) -> None:
     assert away["blocks"] < 0.8 * away["rounded"]
     assert away["both"] < away["blocks"]
     assert figures["model"]["held_out_after"] < figures["model"]["held_out_before"]
+
+
+@pytest.mark.slow
+def test_scales_of_gptq_are_trained_under_its_codes(ember: Checkpoint) -> None:
+    windows = token_windows(ember, [TEXT], tokens=512, sequence=64)
+    run = Run(threads=1, texts=(TEXT,), tokens=2048, sequence=64)
+    how = {"layout": "int2-asym", "tokens": 1024, "sequence": 64, "batch": 4, "snapshot": 8}
+    solved = Quantize(solver="gptq", layout="int2-asym").apply(ember, run)
+    trained = Qat(solver="gptq", phases=("model",), **how).apply(ember, run)
+    away = []
+    for result in (solved, trained):
+        view = ModelView(ember, threads=1)
+        yardstick = Yardstick(view, windows)
+        view._module = ModelView(result, threads=1).module()
+        away.append(yardstick.divergence())
+    assert away[1] < away[0]
+    for info in ember.linears():
+        before, after = (result.weights[info.name].read() for result in (solved, trained))
+        np.testing.assert_array_equal(before["codes"], after["codes"])
+        assert not np.array_equal(before["scale"], after["scale"])
