@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -89,24 +90,36 @@ def table(report: dict[str, Any], about: str) -> str:
         rows = [row for row in report["rows"] if row["cell"] == cell]
         peer = rows[0]["maker"]
         for maker in dict.fromkeys(row["maker"] for row in rows):
-            line, loses = _line(cell, [r for r in rows if r["maker"] == maker], [r for r in rows if r["maker"] == peer])
-            lines.append(line)
-            lost += [f"{cell}: {maker}"] if loses and maker.startswith("ours") else []
-    lines += ["", f"Rows of ours that lose to a peer of their cell: {', '.join(lost) or 'none'}."]
+            lines.append(_line(cell, [r for r in rows if r["maker"] == maker], [r for r in rows if r["maker"] == peer]))
+        lost += _lost(cell, rows)
+    lines += ["", f"Rows of ours that lose to a rival of their cell: {', '.join(lost) or 'none'}."]
     return "\n".join(lines) + "\n"
 
 
-def _line(cell: str, rows: list[dict[str, Any]], peers: list[dict[str, Any]]) -> tuple[str, bool]:
+def _lost(cell: str, rows: list[dict[str, Any]]) -> list[str]:
+    """Rows of ours above a rival's by more than the interval, on the slices that both were made from."""
+    found = []
+    makers = list(dict.fromkeys(row["maker"] for row in rows))
+    mine = [maker for maker in makers if maker.startswith("ours")]
+    for ours, theirs in itertools.product(mine, [m for m in makers if not m.startswith(("ours", "control", "floor"))]):
+        sides = [{row["subset"]: row["kl"] for row in rows if row["maker"] == maker} for maker in (ours, theirs)]
+        both = [subset for subset in sides[0] if subset in sides[1]]
+        values = [np.concatenate([side[subset] for subset in both]) for side in sides]
+        if np.mean(values[1]) > NOISE and ratio(*values)[1] > 1:
+            found.append(f"{cell}, {ours} ({ratio(*values)[0]:.2f} of {theirs})")
+    return found
+
+
+def _line(cell: str, rows: list[dict[str, Any]], peers: list[dict[str, Any]]) -> str:
     against = {row["subset"]: row["kl"] for row in peers}
     paired = [(row["kl"], against.get(row["subset"], peers[0]["kl"])) for row in rows]
     ours, theirs = (np.concatenate([pair[side] for pair in paired]) for side in (0, 1))
     by_slice = ", ".join(f"{np.mean(row['kl']):.3g}" for row in rows)
     compared = ["", ""]
-    low = 0.0
     if np.mean(theirs) > NOISE:
         found, low, high = ratio(ours, theirs)
         compared = [f"{found:.3f}", f"{low:.3f} to {high:.3f}"]
     told = sorted((row for row in rows if row["seconds"] is not None), key=lambda row: row["seconds"])
     costs = [f"{told[len(told) // 2][key]:.0f}" for key in ("seconds", "peak_mib")] if told else ["", ""]
     words = [cell, rows[0]["maker"], by_slice, *compared, str(rows[0]["bytes"])]
-    return "| " + " | ".join([*words, *costs]) + " |", low > 1
+    return "| " + " | ".join([*words, *costs]) + " |"
