@@ -53,6 +53,9 @@ def methods(layout: str) -> dict[str, Steps]:
         "smooth smoothquant, gptq": [("smooth", {"method": "smoothquant"}), gptq],
         "rotate hadamard, gptq": [("rotate", {"kind": "hadamard"}), gptq],
         "qat": [("qat", {"layout": layout, "tokens": 65536})],
+        "qat of gptq, propagate: 0.5": [
+            ("qat", {**GPTQ, "layout": layout, "propagate": 0.5, "tokens": 65536, "rate": 5e-4})
+        ],
     }
 
 

@@ -57,7 +57,7 @@ LOW_RANKS: dict[str, dict[str, Any]] = {
     "svd-llm": {"method": "svd-llm"},
     "svd-llm, ranks by loss": {"method": "svd-llm", "by": "loss"},
 }
-RATES = [1e-3, 3e-3]
+RATES = [3e-4, 1e-3, 3e-3]
 SEEDS = [0, 1, 2]
 LIVE = {"batch": 4, "snapshot": 16, "held_out": 0.01}
 RECOVERIES: list[tuple[str, dict[str, Any]]] = [

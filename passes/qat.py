@@ -49,6 +49,7 @@ class Qat(Training, Pass):
 
     layout: str = "int4"
     solver: Literal["rtn", "importance", "gptq"] = "importance"
+    propagate: float | None = None  # of `gptq`
     phases: tuple[Literal["blocks", "model"], ...] = ("blocks", "model")
     rate: float = 1e-4
     scale_rate: float = 1e-3
@@ -82,7 +83,7 @@ class Qat(Training, Pass):
         return self._end_to_end(checkpoint, rounded, text, run) if "model" in self.phases else rounded
 
     def _grid(self) -> Quantize:
-        return Quantize(solver=self.solver, layout=self.layout)
+        return Quantize(solver=self.solver, layout=self.layout, propagate=self.propagate)
 
     def _end_to_end(self, original: Checkpoint, rounded: Checkpoint, text: Lessons, run: Run) -> Checkpoint:
         leaves = _leaves_from(rounded, codes=False)(rounded, run, lambda _: True)

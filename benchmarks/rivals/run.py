@@ -39,7 +39,7 @@ from measure import artifact_bytes, kl_by_window, table
 
 from tightship.modelview import ModelView
 from tightship.opening import open_checkpoint
-from tightship.texts import token_windows
+from tightship.texts import codec_of, token_windows
 from tightship.validators.runtimes.child import Limits, run_child
 
 HERE = Path(__file__).parent
@@ -77,16 +77,27 @@ class Bench:
             made.write_text("".join(lines[first : first + len(lines) // len(SUBSETS)]), encoding="utf-8")
         return made
 
+    def _beginning(self, slice_name: str) -> Path:
+        """The lines of a slice that hold the tokens everybody calibrates on: training would read on."""
+        made = self.scratch / f"{slice_name}-beginning.txt"
+        lines = self.slice(slice_name).read_text(encoding="utf-8").splitlines(keepends=True)
+        counts = [len(codec_of(self.checkpoint).encode(line)) for line in lines]
+        made.write_text(
+            "".join(lines[: int(np.searchsorted(np.cumsum(counts), self.options.tokens))]), encoding="utf-8"
+        )
+        return made
+
     def row(self, cell: dict[str, Any], name: str, maker: dict[str, Any], subset: str) -> dict[str, Any]:
         """Make one artifact and compare it with the original."""
         out = self.scratch / "artifact"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
         slice_name = "other" if maker.get("other") else subset
+        text = self._beginning(slice_name) if maker.get("trained") else self.slice(slice_name)
         job = {
             "container": cell["container"], **maker, "source": str(self.options.checkpoint.resolve()), "out": str(out),
             "threads": self.options.threads, "sequence": SEQUENCE, "tokens": self.options.tokens,
-            "text": str(self.slice(slice_name)), "windows": str(self._windows(slice_name)),
+            "text": str(text), "windows": str(self._windows(slice_name)),
             "tests": str(self.scratch / "tests.npy"), "logits": str(self.scratch / "logits.npy"), "artifact": str(out),
         }  # fmt: skip
         job |= self._inputs(job, slice_name)
