@@ -1,4 +1,4 @@
-"""AutoRound in an environment that has it: `python autoround.py quantize|logits JOB.json`.
+"""AutoRound in an environment that has it: `python autoround.py quantize|logits|reload JOB.json`.
 
 Its light recipe (50 iterations of signed gradient descent a block at rate 5e-3; the default of 200 takes four times as
 long), the same calibration windows as everybody. Its own loader computes the logits, since its files are its own.
@@ -43,8 +43,23 @@ def logits(job: dict) -> None:
     np.save(job["logits"], np.stack(rows))
 
 
+def reload(job: dict) -> None:
+    """A GPTQ file of somebody else's through AutoRound's kernels: what it lacks, what is left over, and its logits."""
+    from transformers import AutoRoundConfig
+
+    model, told = AutoModelForCausalLM.from_pretrained(
+        job["artifact"], dtype=torch.float32, device_map="cpu", quantization_config=AutoRoundConfig(),
+        output_loading_info=True,
+    )  # fmt: skip
+    kernels = sorted({type(m).__module__ for m in model.modules() if "QuantLinear" in type(m).__name__})
+    with torch.inference_mode():
+        np.save(job["logits"], model.eval()(torch.from_numpy(np.load(job["tests"]))).logits.float().numpy())
+    told = {key: sorted(told[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    Path(job["report"]).write_text(json.dumps({**told, "kernels": kernels}))
+
+
 if __name__ == "__main__":
     what, file = sys.argv[1:]
     settings = json.loads(Path(file).read_text())
     torch.set_num_threads(settings["threads"])
-    {"quantize": quantize, "logits": logits}[what](settings)
+    {"quantize": quantize, "logits": logits, "reload": reload}[what](settings)

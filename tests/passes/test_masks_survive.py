@@ -7,6 +7,7 @@ import pkgutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tightship import passes
@@ -14,6 +15,7 @@ from tightship.checkpoint import Checkpoint
 from tightship.opening import open_checkpoint
 from tightship.passes import pass_for
 from tightship.passes.base import Pass, Run
+from tightship.weights import Dense, Factored
 
 pytest.importorskip("torch")
 
@@ -25,6 +27,7 @@ WAYS: dict[str, list[dict[str, Any]]] = {
     "distill": [{**TRAINED, "alpha": 0.5}],
     "drop-layers": [{"layers": [1]}],
     "imatrix": [{}],
+    "merge": [{}],
     "prune": [{"sparsity": 0.7}, {"sparsity": 0.7, "method": "sparsegpt"}, {"pattern": "2:4", "method": "wanda"}],
     "prune-quantize": [{"sparsity": 0.6, "layout": "int4"}],
     "qat": [{**TRAINED, "layout": "int4"}],
@@ -43,11 +46,20 @@ def pruned() -> Checkpoint:
     return checkpoint.replace(history=({"use": "prune", "makes": ["mask"]},))
 
 
+def factored(pruned: Checkpoint) -> Checkpoint:
+    """The same numbers, one matrix of them as a product with the identity."""
+    name = next(info.name for info in pruned.linears())
+    w = pruned.resolve(name).value()
+    sides = [Dense.of(side) for side in (w, np.eye(w.shape[1], dtype=np.float32))]
+    return pruned.with_weights({name: Factored(*sides)})
+
+
 @pytest.mark.parametrize(("use", "options"), [(use, options) for use, ways in WAYS.items() for options in ways])
 def test_zeros_stay_zero(use: str, options: dict[str, Any], pruned: Checkpoint) -> None:
     step = pass_for(use, options)
     assert "mask" not in step.destroys
-    before = pass_for("quantize", {"layout": "int4"}).apply(pruned, Run()) if use == "dequantize" else pruned
+    before = factored(pruned) if use == "merge" else pruned
+    before = pass_for("quantize", {"layout": "int4"}).apply(pruned, Run()) if use == "dequantize" else before
     run = Run(threads=1, texts=(TEXT,), tokens=256, sequence=64, inputs={"teacher": pruned} if use == "distill" else {})
     step.requires(before)
     after = step.apply(before, run)
