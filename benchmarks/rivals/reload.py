@@ -46,7 +46,8 @@ def row(options: argparse.Namespace, layout: str, folder: Path) -> dict[str, Any
     """One layout, written by us and loaded by them."""
     recipe = folder.with_suffix(".yaml")
     passes = [{"use": "quantize", "with": {"layout": layout}}]
-    recipe.write_text(yaml.safe_dump({"passes": passes, "targets": [{"to": "safetensors", "with": {"format": "gptq"}}]}))
+    target = {"to": "safetensors", "with": {"format": "gptq"}}
+    recipe.write_text(yaml.safe_dump({"passes": passes, "targets": [target]}))
     tightship.build(str(options.checkpoint), recipe=recipe, output=folder)
     artifact = next(path.parent for path in folder.rglob("model.safetensors"))
     original, ours = (ModelView(open_checkpoint(place), threads=1) for place in (options.checkpoint, artifact))
@@ -75,7 +76,8 @@ def table(rows: list[dict[str, Any]], name: str) -> str:
     """The rows as Markdown."""
     note = __doc__.split("\n\n")[2].replace("\n", " ").strip()
     lines = [f"# GPTQ files of {name} through AutoRound's loader", "", note, ""]
-    lines += ["| layout | missing | unexpected but g_idx | logits off by | quantization itself |", "|---|---|---|---|---|"]
+    head = ["layout", "missing", "unexpected but g_idx", "logits off by", "quantization itself"]
+    lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for r in rows:
         cells = [r["layout"], len(r["missing"]), len(r["unexpected"]), f"{r['loader']:.1e}", f"{r['quantization']:.1e}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
