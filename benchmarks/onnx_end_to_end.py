@@ -10,7 +10,8 @@ excluded, to the SHA-256 of every file written. Memory is the peak of the proces
 | artifact            | made by                                                                                    |
 |---------------------|--------------------------------------------------------------------------------------------|
 | ours-fp32, -int4    | `onnx:fp32`, `onnx:int4` with embeddings and head; with the parity check of the graph       |
-| ours-fp32-portable  | the same without ONNX Runtime's own operators: plain Attention, RMSNormalization, Add       |
+| -int4-last          | logits of the last position alone: `logits: last`, the builder's `prune_lm_head`            |
+| ours-fp32-portable  | fp32 without ONNX Runtime's own operators: plain Attention, RMSNormalization, Add       |
 | ours-int4-portable  | standard operators and INT4 DequantizeLinear                                                |
 | ours-int8-dynamic   | activations rounded by token, standard operators                                            |
 | ours-fp16-compute   | products, attention and cache in float16                                                    |
@@ -43,6 +44,7 @@ from typing import Any
 
 HIDDEN, FFN, HEADS, KV_HEADS, VOCAB = 576, 1536, 9, 3, 49152
 INT4 = {"include": ["embeddings", "head"]}
+LAST = "-last"
 
 
 def make_model(folder: Path, layers: int) -> None:
@@ -88,7 +90,8 @@ def ours(source: str, target: str, scheme: str) -> Callable[[], None]:
     def work() -> None:
         checkpoint, recipe = open_checkpoint(source), Recipe()
         exporter = OnnxExporter(judge=ParityJudge())
-        wanted = Target("onnx", scheme, INT4 if scheme.startswith("int") else {})
+        last = {"logits": "last"} if scheme.endswith(LAST) else {}
+        wanted = Target("onnx", scheme.removesuffix(LAST), (INT4 if scheme.startswith("int") else {}) | last)
         stage = scheme_stage(checkpoint, wanted, exporter, recipe)
         solved = stage.work.apply(checkpoint, Run(threads=1)) if stage else checkpoint
         exporter.export(solved, exporter.plan(solved, for_container(wanted, recipe)), Path(target))
@@ -101,8 +104,9 @@ def builder(source: str, target: str, precision: str) -> Callable[[], None]:
 
     def work() -> None:
         cache = str(Path(target).parent.with_name("cache"))
-        arguments = ("", source, target, precision, "cpu", cache)
-        create_model(*arguments, **parse_extra_options(*arguments, ["int4_block_size=32"]))
+        arguments = ("", source, target, precision.removesuffix(LAST), "cpu", cache)
+        extra = ["int4_block_size=32", *(["prune_lm_head=true"] if precision.endswith(LAST) else [])]
+        create_model(*arguments, **parse_extra_options(*arguments, extra))
 
     return work
 
@@ -212,10 +216,12 @@ PARTS = ("exports", "speed", "capture")
 PAIRS = (
     ("ours-int4", "builder-int4"),
     ("ours-int4-portable", "builder-int4"),
+    ("ours-int4-last", "builder-int4-last"),
     ("ours-fp32", "builder-fp32"),
     ("ours-fp32", "ours-fp32-portable"),
     ("ours-int4", "ours-fp32-portable"),
     ("ours-int4-portable", "ours-fp32-portable"),
+    ("ours-int4-last", "ours-fp32-portable"),
     ("ours-int8-dynamic", "ours-fp32-portable"),
     ("ours-fp16-compute", "ours-fp32"),
 )
@@ -224,10 +230,11 @@ PAIRS = (
 MADE = (
     *(
         ("ours", scheme)
-        for scheme in ("fp32", "int4", "fp32-portable", "int4-portable", "int8-dynamic", "fp16-compute")
+        for scheme in ("fp32", "int4", "int4-last", "fp32-portable", "int4-portable", "int8-dynamic", "fp16-compute")
     ),
     ("builder", "fp32"),
     ("builder", "int4"),
+    ("builder", "int4-last"),
 )
 
 

@@ -1,7 +1,7 @@
 """AutoRound in an environment that has it: `python autoround.py quantize|logits|reload JOB.json`.
 
-Its light recipe (50 iterations of signed gradient descent a block at rate 5e-3; the default of 200 takes four times as
-long), the same calibration windows as everybody. Its own loader computes the logits, since its files are its own.
+Its light recipe (50 iterations of signed gradient descent a block at rate 5e-3) and its default (200 at 5e-3, four times
+as long), the same calibration windows as everybody. Its own loader computes the logits, since its files are its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def quantize(job: dict) -> None:
         AutoTokenizer.from_pretrained(job["source"]),
         scheme={"bits": job["bits"], "group_size": job["group"], "sym": job["symmetric"], "data_type": "int"},
         dataset=torch.utils.data.DataLoader(rows, batch_size=None),
-        iters=50,
+        iters=job["iterations"],
         lr=5e-3,
         nsamples=len(rows),
         seqlen=rows[0].shape[1],

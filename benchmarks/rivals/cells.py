@@ -67,7 +67,8 @@ def safetensors_cells() -> list[Cell]:
         theirs = {"bits": bits, "group": group, "symmetric": True}
         makers = {
             "llm-compressor": {"maker": "llm-compressor", **theirs},
-            "autoround, light": {"maker": "autoround", **theirs},
+            "autoround, light": {"maker": "autoround", "iterations": 50, **theirs},
+            "autoround": {"maker": "autoround", "iterations": 200, **theirs},
             "ours": {"maker": "ours", "passes": _ours(layout)},
             "ours, trained": {"maker": "ours", "passes": _trained(layout), "trained": True},
         }
