@@ -25,11 +25,13 @@ class Cache:
         heads: of keys and values.
         size: of a head.
         shared: past and present may be one buffer, which the graph fills in place.
+        positions: the graph takes `position_ids`.
     """
 
     heads: int
     size: int
     shared: bool = False
+    positions: bool = True
 
 
 def fits(checkpoint: Checkpoint) -> bool:
@@ -60,7 +62,7 @@ def genai_config(checkpoint: Checkpoint, main: str, cache: Cache) -> bytes:
         "inputs": {
             "input_ids": "input_ids",
             "attention_mask": "attention_mask",
-            "position_ids": "position_ids",
+            **({"position_ids": "position_ids"} if cache.positions else {}),
             "past_key_names": "past_key_values.%d.key",
             "past_value_names": "past_key_values.%d.value",
         },

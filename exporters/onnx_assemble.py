@@ -15,6 +15,7 @@ from tightship.exporters.onnx_activations import in_integers
 from tightship.exporters.onnx_candidates.skeleton import MAIN, Skeleton
 from tightship.exporters.onnx_emit import Emitter
 from tightship.exporters.onnx_half import to_half
+from tightship.exporters.onnx_joined import join_products
 from tightship.exporters.onnx_stacks import stack_initializers
 from tightship.exporters.onnx_storage import Style
 from tightship.exporters.onnx_units import owner_of, units_of, unused_tensors
@@ -67,6 +68,7 @@ def _filled(skeleton: Skeleton, checkpoint: Checkpoint, style: Style, written: d
         tensors = [*chain(*skeleton.stacks[name].tensors)]
         for tensor in tensors:
             written.setdefault(owner_of(checkpoint, tensor), {})[name] = item.nbytes // len(tensors)
+    join_products(graph)
     if style.half:
         to_half(emitter)
     remove_dead(graph, ("Transpose", "Cast"))

@@ -21,6 +21,7 @@ from tightship.exporters.onnx_assemble import write_graph
 from tightship.exporters.onnx_candidates import candidates
 from tightship.exporters.onnx_candidates.fused import shares_cache
 from tightship.exporters.onnx_candidates.graph_edits import fix_axes
+from tightship.exporters.onnx_candidates.packed import packs
 from tightship.exporters.onnx_candidates.skeleton import (
     DECODER,
     DECODER_TASKS,
@@ -155,7 +156,9 @@ def cache_of(skeleton: Skeleton) -> Cache | None:
     heads, size = first.shape[1], first.shape[3]
     if not (isinstance(heads, int) and isinstance(size, int)):
         return None
-    return Cache(heads, size, shared=shares_cache(skeleton.model.graph))
+    graph = skeleton.model.graph
+    positions = any(value.name == "position_ids" for value in graph.inputs)
+    return Cache(heads, size, shared=shares_cache(graph), positions=positions)
 
 
 def write_companions(checkpoint: Checkpoint, directory: Path, cache: Cache | None, main: str = MAIN) -> None:
@@ -177,7 +180,7 @@ def _graph(checkpoint: Checkpoint, judge: Judge | None, style: Style) -> tuple[C
         raise UsageError(
             "no graph source is trusted: an ONNX export needs a judge", hint="pass validators.parity.judge"
         )
-    sources = candidates(fused=style.fused, one_node=style.one_node, last=style.last)
+    sources = candidates(fused=style.fused, packed=packs(checkpoint), one_node=style.one_node, last=style.last)
     choice = judge(sources, checkpoint)
     shapes = {name: tuple(checkpoint.resolve(name).shape) for name in checkpoint.weights}
     return choice, choice.candidate.build(checkpoint.config, checkpoint.architecture, shapes)

@@ -310,6 +310,7 @@ def _elements(data: bytes, name: str, kind: int, dims: tuple[int, ...], expected
 
 def _weights(model: onnx.ModelProto, held: Mapping[str, StoredTensor]) -> int:
     counts = {name: math.prod(tensor.shape) for name, tensor in held.items()}
+    joined = {node.output[0]: node.input for node in model.graph.node if node.op_type == "Concat" and node.output}
     for node in model.graph.node:
         names = [*node.input, *[""] * 5]
         sizes = {a.name: a.i for a in node.attribute}
@@ -319,9 +320,10 @@ def _weights(model: onnx.ModelProto, held: Mapping[str, StoredTensor]) -> int:
             "GatherBlockQuantized": names[2:],
             "QMoE": names[3:4] + names[6:7],
         }
-        counts.update({name: 0 for name in beside.get(node.op_type, ()) if name in held})
-        if node.op_type == "MatMulNBits" and names[1] in held:
-            counts[names[1]] = max(0, sizes.get("K", 0)) * max(0, sizes.get("N", 0))
+        packing = (part for name in beside.get(node.op_type, ()) for part in joined.get(name, (name,)))
+        counts.update({name: 0 for name in packing if name in held})
+        codes = [name for name in joined.get(names[1], names[1:2]) if node.op_type == "MatMulNBits" and name in held]
+        counts.update({name: max(0, sizes.get("K", 0)) * (held[name].shape or (0,))[0] for name in codes})
         if node.op_type == "QMoE":
             bits = min(max(1, sizes.get("expert_weight_bits", 4)), 8)
             counts.update({n: math.prod(held[n].shape) * 8 // bits for n in (names[2], names[5]) if n in held})

@@ -70,6 +70,8 @@ class OnnxGraph:
     def bits(self, name: str) -> int:
         """`bits` of the node that reads a packed initializer."""
         for node, _ in self.readers[name]:
+            if node.op_type == "Concat":
+                return self.bits(node.output[0])
             for attribute in node.attribute:
                 if attribute.name == "bits":
                     return int(attribute.i)
@@ -103,7 +105,7 @@ class OnnxGraph:
 
     def _ways(self, name: str) -> Iterable[str]:
         for node, index in self.readers[name]:
-            if node.op_type == "Cast":
+            if node.op_type in ("Cast", "Concat"):
                 yield from self._ways(node.output[0])
             elif node.op_type == "Transpose":
                 for way in self._ways(node.output[0]):
@@ -122,11 +124,22 @@ class OnnxGraph:
         found = {}
         for way in ("product", "lookup"):
             inside = self._inside(names, way)
-            if inside is not None:
-                found[way] = self._product(*inside, shape[1]) if way == "product" else self._lookup(*inside, shape[0])
+            if inside is not None and way == "product":
+                found[way] = self._product(*inside, shape[1])[self._rows(min(names), shape[0])]
+            elif inside is not None:
+                found[way] = self._lookup(*inside, shape[0])
         if not found:
             raise Malformed("no node of the graph computes with it", tensor=min(names))
         return found
+
+    def _rows(self, name: str, count: int) -> slice:
+        """Where the matrix of an operand lies in the product that it is part of: others may be joined to it."""
+        joins = [(node, index) for node, index in self.readers[name] if node.op_type == "Concat"]
+        if not joins:
+            return slice(None)
+        node, index = joins[0]
+        start = sum(self.initializers[other].dims[0] for other in node.input[:index])
+        return slice(start, start + count)
 
     def _product(self, probe: str, result: str, cols: int) -> np.ndarray:
         """The product with the identity, `cols` = in."""

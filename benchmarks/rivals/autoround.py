@@ -1,7 +1,8 @@
 """AutoRound in an environment that has it: `python autoround.py quantize|logits|reload JOB.json`.
 
-Its light recipe (50 iterations of signed gradient descent a block at rate 5e-3) and its default (200 at 5e-3, four times
-as long), the same calibration windows as everybody. Its own loader computes the logits, since its files are its own.
+Its light recipe (50 iterations of signed gradient descent a block at rate 5e-3) and its default (200 at 5e-3, four
+times as long), the same calibration windows as everybody. Its own loader computes the logits, since its files are its
+own.
 """
 
 from __future__ import annotations

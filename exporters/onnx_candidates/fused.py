@@ -23,6 +23,7 @@ import numpy as np
 
 from tightship.architecture import Architecture
 from tightship.errors import Unsupported
+from tightship.exporters.onnx_candidates.packed import pack_attention
 from tightship.exporters.onnx_candidates.skeleton import DECODER_TASKS, Candidate, Skeleton
 
 if TYPE_CHECKING:
@@ -35,10 +36,11 @@ _HEADS = {"num_heads": "q", "kv_num_heads": "kv"}
 
 
 class FusedCandidate:
-    """`inner`, rewritten."""
+    """`inner`, rewritten; with `packed`, queries, keys and values of one product where that fits."""
 
-    def __init__(self, inner: Candidate) -> None:
+    def __init__(self, inner: Candidate, *, packed: bool = False) -> None:
         self.inner = inner
+        self.packed = packed
 
     @property
     def source(self) -> str:
@@ -46,7 +48,7 @@ class FusedCandidate:
 
     @property
     def rewrites(self) -> tuple[str, ...]:
-        return (*self.inner.rewrites, "GroupQueryAttention")
+        return (*self.inner.rewrites, "GroupQueryAttention", *["packed projections"] * self.packed)
 
     def build(
         self, config: Mapping[str, Any], architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]
@@ -59,6 +61,8 @@ class FusedCandidate:
         if not fused:
             raise Unsupported("there is no attention with a cache to fuse")
         graph.opset_imports[CONTRIB] = 1
+        if self.packed:
+            pack_attention(graph, int(architecture.hyper(config)["context"]))
         return skeleton
 
 

@@ -61,16 +61,16 @@ def gguf_values(path: Path) -> Arrays:
 
 
 def onnx_nodes(directory: Path) -> dict[str, tuple[Any, list[Any]]]:
-    """MatMulNBits nodes with their initializers, under the source's names."""
+    """MatMulNBits nodes with the initializers of each matrix in them, under the source's names."""
     import onnx
 
     model = onnx.load(directory / "model.onnx")
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    joined = {node.output[0]: list(node.input) for node in model.graph.node if node.op_type == "Concat"}
     found = {}
-    for node in model.graph.node:
-        if node.op_type == "MatMulNBits":
-            name = node.input[1].removesuffix(".weight.B")
-            found[name] = (node, [constants[i] for i in node.input[1:] if i])
+    for node in (n for n in model.graph.node if n.op_type == "MatMulNBits"):
+        for names in zip(*(joined.get(i, [i]) for i in node.input[1:]), strict=True):
+            found[names[0].removesuffix(".weight.B")] = (node, [constants[i] for i in names if i])
     return found
 
 
@@ -82,10 +82,9 @@ def onnx_values(directory: Path) -> Arrays:
     found = {}
     for name, (node, constants) in onnx_nodes(directory).items():
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        attributes["accuracy_level"] = 0
-        alone = onnx.helper.make_node(
-            "MatMulNBits", ["x", *node.input[1:]], ["y"], domain="com.microsoft", **attributes
-        )
+        attributes |= {"accuracy_level": 0, "N": constants[0].dims[0]}
+        names = ["x", *(tensor.name for tensor in constants)]
+        alone = onnx.helper.make_node("MatMulNBits", names, ["y"], domain="com.microsoft", **attributes)
         infos = [onnx.helper.make_tensor_value_info(word, onnx.TensorProto.FLOAT, None) for word in "xy"]
         graph = onnx.helper.make_graph([alone], "alone", infos[:1], infos[1:], constants)
         opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]

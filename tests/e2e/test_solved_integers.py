@@ -123,8 +123,11 @@ def of_onnx(directory: Path) -> Integers:
 
     model = onnx.load(directory / "model.onnx")
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    joined = {node.output[0]: list(node.input) for node in model.graph.node if node.op_type == "Concat"}
+    products = [n for n in model.graph.node if n.op_type == "MatMulNBits"]
+    matrices = [(n, names) for n in products for names in zip(*(joined.get(i, [i]) for i in n.input[1:]), strict=True)]
     found = {}
-    for node in (n for n in model.graph.node if n.op_type == "MatMulNBits"):
+    for node, names in matrices:
         said = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         bits, block = said["bits"], said["block_size"]
 
@@ -133,11 +136,12 @@ def of_onnx(directory: Path) -> Integers:
             codes = (packed.reshape(len(packed), -1, 1) >> shifts) & ((1 << bits) - 1)
             return codes.reshape(len(packed), -1)[:, :count].astype(int)
 
-        codes, steps = spread(constants[node.input[1]], said["K"]), constants[node.input[2]].reshape(said["N"], -1)
+        rows = len(constants[names[0]])
+        codes, steps = spread(constants[names[0]], said["K"]), constants[names[1]].reshape(rows, -1)
         zero = np.full(steps.shape, 1 << (bits - 1))
-        if len(node.input) > 3 and node.input[3]:
-            zero = spread(constants[node.input[3]].reshape(said["N"], -1), steps.shape[1])
-        name = node.input[1].removesuffix(".weight.B")
+        if len(names) > 2 and names[2]:
+            zero = spread(constants[names[2]].reshape(rows, -1), steps.shape[1])
+        name = names[0].removesuffix(".weight.B")
         zero, steps = (np.repeat(a, block, axis=1)[:, : said["K"]] for a in (zero, steps))  # the last block may be cut
         found[name] = (codes - zero, steps)
     return found

@@ -73,15 +73,16 @@ class Lab:
         return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
     def nodes(self, directory: Path, op: str) -> list[tuple[str, dict[str, onnx.TensorProto], dict[str, int]]]:
-        """(tensor name, operands, attributes) of each node of a type."""
+        """(tensor name, operands, attributes) of each matrix that a node of a type multiplies with."""
         model = onnx.load(directory / "model.onnx")
         initializers = {i.name: i for i in model.graph.initializer}
+        joined = {node.output[0]: list(node.input) for node in model.graph.node if node.op_type == "Concat"}
         found = []
-        for node in model.graph.node:
-            if node.op_type == op:
-                operands = {name: initializers[name] for name in node.input if name in initializers}
-                tensor = next(iter(operands)).rsplit(".", 1)[0]
-                found.append((tensor, operands, {a.name: a.i for a in node.attribute}))
+        for node in (n for n in model.graph.node if n.op_type == op):
+            for names in zip(*(joined.get(name, [name]) for name in node.input[1:]), strict=True):
+                operands = {name: initializers[name] for name in names}
+                attributes = {a.name: a.i for a in node.attribute} | {"N": initializers[names[0]].dims[0]}
+                found.append((names[0].rsplit(".", 1)[0], operands, attributes))
         return found
 
     def optimized(self, directory: Path) -> list[str]:

@@ -37,8 +37,7 @@ def test_the_last_token_unless_asked(ember: Checkpoint, lab: Any, scheme: str | 
     assert lab.apart(lab.run(directory, IDS)["logits"], expected) <= 1e-5
     session = onnx_runtime.open_session(directory / "model.onnx", "graph")
     graph = onnx_runtime.Graph(session)
-    feeds = {"input_ids": IDS, "attention_mask": np.ones_like(IDS), "position_ids": np.arange(12)[None].repeat(2, 0)}
-    feeds |= graph.empty_past(2)
+    feeds = {"input_ids": IDS, "attention_mask": np.ones_like(IDS), **graph.empty_past(2)}
     for said, rows in ((None, 1), (0, 12), (1, 1), (3, 3)):
         (got,) = session.run(["logits"], feeds | ({} if said is None else {KEPT: np.asarray(said)}))
         assert got.shape == (2, rows, 1024)

@@ -1,0 +1,182 @@
+"""GroupQueryAttention that takes queries, keys and values as one, and rotates them itself.
+
+| pattern                                  | check                                   | rewritten to             |
+|------------------------------------------|-----------------------------------------|--------------------------|
+| GroupQueryAttention of three products of | whole heads are rotated, by angles that | Concat of the products,  |
+| one input, queries and keys behind a     | follow from the position element by     | GroupQueryAttention with |
+| RotaryEmbedding, or neither of them      | element                                 | `do_rotary`, or without  |
+
+The Concat goes when weights are placed: three products become one (exporters/onnx_joined.py). Four operators fewer in
+every block are what single tokens of a small model wait for (`benchmarks/onnx_fusions.py`).
+
+The operator looks angles up by place: column c of a batch stands at c, whatever is padding. Scores depend on
+differences of positions alone, so rows padded on the left come out right all the same, and `position_ids` is no input
+any more. The tables of cosines and sines are as long as the context; they are nodes on constants, which ONNX Runtime
+computes once when it loads the graph, so the file does not grow. Models whose tables would be large keep their
+RotaryEmbedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tightship.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+MOST_ELEMENTS = 1 << 21  # of a table; 8 MiB
+_WIDTHS = 16  # what a head's width must be a multiple of
+_BY_ELEMENT = ("Cast", "Unsqueeze", "Mul", "Cos", "Sin")
+_COS = 7  # of GroupQueryAttention's inputs; sines follow
+_QUERIES_KEYS_VALUES = 3
+
+
+def packs(checkpoint: Checkpoint) -> bool:
+    """Whether the operator can rotate heads of this model, by a table that is not too large."""
+    size, context = int(checkpoint.hyper.get("head_dim") or 0), int(checkpoint.hyper.get("context") or 0)
+    return size > 0 and size % _WIDTHS == 0 and 0 < context * size // 2 <= MOST_ELEMENTS
+
+
+def pack_attention(graph: ir.Graph, context: int) -> int:
+    """Rewrite every GroupQueryAttention that fits; how many there were. `context`: how many positions tables hold."""
+    tables = _Tables(graph, context)
+    angles: dict[ir.Value | None, ir.Value | None] = {}
+    found = 0
+    for node in [n for n in graph if n.op_type == "GroupQueryAttention"]:
+        makers = [value.producer() for value in node.inputs[:2] if value is not None]
+        turns = [maker for maker in makers if maker is not None and maker.op_type == "RotaryEmbedding"]
+        products = _products(node, turns)
+        if products is None or not _alike(turns):
+            continue
+        given = turns[0].inputs[1:] if turns else ()
+        angles |= {value: tables.of(value) for value in given if value not in angles}
+        if any(angles[value] is None for value in given):
+            continue
+        _rewrite(graph, node, products, turns, [angles[value] for value in given])
+        found += 1
+    if found:
+        tables.place()
+        _clear(graph)
+    return found
+
+
+def _products(node: ir.Node, turns: list[ir.Node]) -> list[ir.Value] | None:
+    """Queries, keys and values as one input's products by a weight each; None where they are something else."""
+    before = {turn.outputs[0]: turn.inputs[0] for turn in turns}
+    found = [before.get(value, value) if value is not None else None for value in node.inputs[:_QUERIES_KEYS_VALUES]]
+    makers = [value.producer() if value is not None else None for value in found]
+    values = [value for value in found if value is not None]
+    plain = all(maker is not None and maker.op_type == "MatMul" for maker in makers)
+    if not plain or len({maker.inputs[0] for maker in makers if maker is not None}) != 1:
+        return None
+    return values if all(len(value.uses()) == 1 for value in values) else None
+
+
+def _alike(turns: list[ir.Node]) -> bool:
+    """Whether queries and keys are rotated in the same way, whole heads of them, or neither is."""
+    if not turns:
+        return True
+    ways = {(*turn.inputs[1:], _number(turn, "interleaved")) for turn in turns}
+    whole = all(_number(turn, "rotary_embedding_dim") == 0 and len(turn.inputs) == 3 for turn in turns)
+    return len(turns) == 2 and len(ways) == 1 and whole
+
+
+def _number(node: ir.Node, name: str) -> int:
+    attribute = node.attributes.get(name)
+    return attribute.as_int() if attribute is not None else 0
+
+
+def _rewrite(
+    graph: ir.Graph, node: ir.Node, products: list[ir.Value], turns: list[ir.Node], angles: list[ir.Value | None]
+) -> None:
+    import onnx_ir as ir
+
+    joined = ir.node("Concat", products, {"axis": -1})
+    joined.name = joined.outputs[0].name = f"{node.name}.packed"
+    joined.outputs[0].type = products[0].type
+    first = products[0].shape
+    if first is not None:
+        widths = [value.shape[-1] if value.shape is not None else None for value in products]
+        whole = sum(widths) if all(isinstance(width, int) for width in widths) else None  # type: ignore[arg-type]
+        joined.outputs[0].shape = ir.Shape([*list(first)[:-1], whole])
+    graph.insert_before(node, joined)
+    for index, value in enumerate((joined.outputs[0], None, None)):
+        node.replace_input_with(index, value)
+    if turns:
+        for index, table in enumerate(angles, start=_COS):
+            node.replace_input_with(index, table)
+        node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 1)
+        node.attributes["rotary_interleaved"] = ir.AttrInt64("rotary_interleaved", _number(turns[0], "interleaved"))
+
+
+class _Tables:
+    """Values (batch, sequence, pairs) that follow from `position_ids`, computed for every position there is."""
+
+    def __init__(self, graph: ir.Graph, context: int) -> None:
+        self.graph = graph
+        self.context = context
+        self.known: dict[ir.Value, ir.Value | None] = {}
+        self.nodes: list[ir.Node] = []
+
+    def of(self, value: ir.Value | None) -> ir.Value | None:
+        """(context, pairs) of a value; None if it does not follow element by element."""
+        rows = self._rows(value) if value is not None else None
+        return None if rows is None else self._op("Squeeze", [rows, self._constant("first", [0])])
+
+    def place(self) -> None:
+        """Put the nodes in front of everything."""
+        for index, node in enumerate(self.nodes):
+            node.name = node.outputs[0].name = f"positions.{node.op_type}_{index}"
+        self.graph.insert_before(self.graph[0], self.nodes)
+
+    def _rows(self, value: ir.Value) -> ir.Value | None:
+        """(1, context, ...)."""
+        if value not in self.known:
+            self.known[value] = self._computed(value)
+        return self.known[value]
+
+    def _computed(self, value: ir.Value) -> ir.Value | None:
+        maker = value.producer()
+        if value.const_value is not None:
+            return value
+        if maker is None:
+            return self._every() if value.name == "position_ids" else None
+        if maker.op_type not in _BY_ELEMENT or maker.domain:
+            return None
+        inputs = [self._rows(given) for given in maker.inputs if given is not None]
+        return None if None in inputs else self._op(maker.op_type, inputs, list(maker.attributes.values()))
+
+    def _every(self) -> ir.Value:
+        """(1, context) int64: 0, 1, ..."""
+        bounds = [self._constant(word, n) for word, n in (("start", 0), ("stop", self.context), ("step", 1))]
+        return self._op("Unsqueeze", [self._op("Range", bounds), self._constant("first", [0])])
+
+    def _op(self, kind: str, inputs: Sequence[ir.Value | None], attributes: Sequence[ir.Attr] = ()) -> ir.Value:
+        import onnx_ir as ir
+
+        self.nodes.append(ir.Node("", kind, inputs, attributes))
+        return self.nodes[-1].outputs[0]
+
+    def _constant(self, word: str, number: int | list[int]) -> ir.Value:
+        import onnx_ir as ir
+
+        name = f"positions.{word}"
+        if name not in self.graph.initializers:
+            tensor = ir.tensor(np.asarray(number, np.int64), name=name)
+            kind = ir.TensorType(ir.DataType.INT64)
+            value = ir.Value(name=name, type=kind, shape=ir.Shape(tensor.shape), const_value=tensor)
+            self.graph.register_initializer(value)
+        return self.graph.initializers[name]
+
+
+def _clear(graph: ir.Graph) -> None:
+    """Drop what nobody reads any more, `position_ids` among it."""
+    for node in reversed(list(graph)):
+        if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+            graph.remove(node, safe=True)
+    for value in [v for v in graph.inputs if v.name == "position_ids" and not v.uses()]:
+        graph.inputs.remove(value)
