@@ -180,7 +180,8 @@ def _graph(checkpoint: Checkpoint, judge: Judge | None, style: Style) -> tuple[C
         raise UsageError(
             "no graph source is trusted: an ONNX export needs a judge", hint="pass validators.parity.judge"
         )
-    sources = candidates(fused=style.fused, packed=packs(checkpoint), one_node=style.one_node, last=style.last)
+    packed = packs(checkpoint) and not style.half  # half the casts would stand in the way of one product
+    sources = candidates(fused=style.fused, packed=packed, one_node=style.one_node, last=style.last)
     choice = judge(sources, checkpoint)
     shapes = {name: tuple(checkpoint.resolve(name).shape) for name in checkpoint.weights}
     return choice, choice.candidate.build(checkpoint.config, checkpoint.architecture, shapes)

@@ -121,25 +121,25 @@ class OnnxGraph:
         Raises:
             Malformed: no node computes with these initializers.
         """
-        found = {}
+        found: dict[str, np.ndarray] = {}
         for way in ("product", "lookup"):
             inside = self._inside(names, way)
             if inside is not None and way == "product":
-                found[way] = self._product(*inside, shape[1])[self._rows(min(names), shape[0])]
+                found[way] = self._product(*inside, shape[1])[self._rows(min(names))]
             elif inside is not None:
                 found[way] = self._lookup(*inside, shape[0])
         if not found:
             raise Malformed("no node of the graph computes with it", tensor=min(names))
         return found
 
-    def _rows(self, name: str, count: int) -> slice:
+    def _rows(self, name: str) -> slice:
         """Where the matrix of an operand lies in the product that it is part of: others may be joined to it."""
         joins = [(node, index) for node, index in self.readers[name] if node.op_type == "Concat"]
         if not joins:
             return slice(None)
         node, index = joins[0]
-        start = sum(self.initializers[other].dims[0] for other in node.input[:index])
-        return slice(start, start + count)
+        *before, own = (self.initializers[other].dims[0] for other in node.input[: index + 1])
+        return slice(sum(before), sum(before) + own)
 
     def _product(self, probe: str, result: str, cols: int) -> np.ndarray:
         """The product with the identity, `cols` = in."""

@@ -60,20 +60,32 @@ def pack_attention(graph: ir.Graph, context: int) -> int:
         found += 1
     if found:
         tables.place()
-        _clear(graph)
+        _clear(graph, positions=bool(tables.nodes))
     return found
 
 
 def _products(node: ir.Node, turns: list[ir.Node]) -> list[ir.Value] | None:
-    """Queries, keys and values as one input's products by a weight each; None where they are something else."""
+    """Queries, keys and values: one input's products by a weight each, with a bias or without; None if they are not."""
     before = {turn.outputs[0]: turn.inputs[0] for turn in turns}
     found = [before.get(value, value) if value is not None else None for value in node.inputs[:_QUERIES_KEYS_VALUES]]
-    makers = [value.producer() if value is not None else None for value in found]
-    values = [value for value in found if value is not None]
-    plain = all(maker is not None and maker.op_type == "MatMul" for maker in makers)
-    if not plain or len({maker.inputs[0] for maker in makers if maker is not None}) != 1:
-        return None
-    return values if all(len(value.uses()) == 1 for value in values) else None
+    values = [value for value in found if value is not None and len(value.uses()) == 1]
+    sources = [_multiplied(value) for value in values]
+    one = len(sources) == _QUERIES_KEYS_VALUES and None not in sources and len(set(sources)) == 1
+    return values if one else None
+
+
+def _multiplied(value: ir.Value) -> tuple[ir.Value | None, bool] | None:
+    """What a weight multiplies to give a value, and whether a bias comes on top; None if it is no product."""
+    maker = value.producer()
+    biased = maker is not None and maker.op_type == "Add" and _is_weight(maker.inputs[1])
+    if biased and maker is not None and maker.inputs[0] is not None and len(maker.inputs[0].uses()) == 1:
+        maker = maker.inputs[0].producer()
+    product = maker is not None and maker.op_type == "MatMul" and _is_weight(maker.inputs[1])
+    return (maker.inputs[0], biased) if product and maker is not None else None
+
+
+def _is_weight(value: ir.Value | None) -> bool:
+    return value is not None and value.producer() is None and not value.is_graph_input()
 
 
 def _alike(turns: list[ir.Node]) -> bool:
@@ -168,15 +180,16 @@ class _Tables:
         if name not in self.graph.initializers:
             tensor = ir.tensor(np.asarray(number, np.int64), name=name)
             kind = ir.TensorType(ir.DataType.INT64)
-            value = ir.Value(name=name, type=kind, shape=ir.Shape(tensor.shape), const_value=tensor)
+            shape = ir.Shape(np.shape(number))
+            value = ir.Value(name=name, type=kind, shape=shape, const_value=tensor)
             self.graph.register_initializer(value)
         return self.graph.initializers[name]
 
 
-def _clear(graph: ir.Graph) -> None:
-    """Drop what nobody reads any more, `position_ids` among it."""
+def _clear(graph: ir.Graph, *, positions: bool) -> None:
+    """Drop what nobody reads any more; with `positions`, the input of that name too."""
     for node in reversed(list(graph)):
         if not any(value.uses() or value.is_graph_output() for value in node.outputs):
             graph.remove(node, safe=True)
-    for value in [v for v in graph.inputs if v.name == "position_ids" and not v.uses()]:
+    for value in [v for v in graph.inputs if positions and v.name == "position_ids" and not v.uses()]:
         graph.inputs.remove(value)

@@ -19,6 +19,7 @@ from tightship.validators.parity_model import small_checkpoint
 Tiny = Callable[[str], Checkpoint]
 LIMIT = 1e-5
 FUSED = FusedCandidate(DirectCandidate())
+PACKED = FusedCandidate(DirectCandidate(), packed=True)
 
 
 def built(candidate: Any, checkpoint: Checkpoint) -> Skeleton:
@@ -37,6 +38,23 @@ def test_fused_graphs_are_right(tiny: Tiny, family: str) -> None:
     layers = int(small.hyper["layers"])
     assert kinds.count("GroupQueryAttention") == layers
     assert "Attention" not in kinds
+
+
+@pytest.mark.parametrize(
+    ("family", "packed", "rotated"),
+    [("llama", 2, 2), ("qwen2", 2, 2), ("phi3", 2, 2), ("opt", 2, 0), ("qwen3", 0, 0)],
+)
+def test_packed_graphs_are_right(tiny: Tiny, family: str, packed: int, rotated: int) -> None:
+    """Biases, rows of a fused matrix; norms between product and rotation keep both apart."""
+    small = small_checkpoint(tiny(family))
+    found = parity.judge_candidate(PACKED, small, parity.references(small))
+    assert found.passed, found.reason
+    assert found.margin <= LIMIT
+    graph = built(PACKED, small).model.graph
+    attention = [node for node in graph if node.op_type == "GroupQueryAttention"]
+    assert sum(node.inputs[1] is None for node in attention) == packed
+    assert sum(node.inputs[7] is not None for node in attention) == rotated
+    assert ("position_ids" in [value.name for value in graph.inputs]) == (not rotated)
 
 
 class AsBuildersDo(FusedCandidate):
