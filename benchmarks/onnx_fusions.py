@@ -1,16 +1,16 @@
 """Fusions of an ONNX decoder, one by one, against the graph as it is written: is one of them faster?
 
-    python benchmarks/onnx_fusions.py ARTIFACT [--unfused ARTIFACT] [--sittings 6] [--prompts 128 512] [--scratch DIR]
+    python benchmarks/onnx_fusions.py ARTIFACT [--beside ARTIFACT] [--sittings 6] [--prompts 128 512] [--scratch DIR]
                                       [--out DIR]
 
 ARTIFACT is a published `onnx:int4` or `onnx:fp32` of a Llama without biases (those of benchmarks/onnx_end_to_end.py,
-say), `--unfused` one with standard operators only, to be compared as it is. The graph is rewritten:
+say), `--beside` another one, to be compared as it is: with standard operators only, or of another builder. The graph is
+rewritten:
 
 | form      | what differs                                                                               |
 |-----------|--------------------------------------------------------------------------------------------|
 | again     | nothing: how far two figures of one graph lie apart                                        |
-| packed    | one product for queries, keys and values, and a Split                                      |
-| rotated   | the same without Split: GroupQueryAttention takes them as one, and rotates (`do_rotary`)    |
+| unpacked  | queries, keys and values are three products, rotated by operators of their own              |
 | gate_up   | one product for gate and up, and a Split                                                   |
 | skip      | SkipSimplifiedLayerNormalization in the place of Add and RMSNormalization                  |
 | apart     | the other way around                                                                       |
@@ -19,8 +19,8 @@ say), `--unfused` one with standard operators only, to be compared as it is. The
 
 In a sitting all forms are opened anew in one process of one thread and take turns pass by pass; GroupQueryAttention has
 past and present in one buffer. Ratios are medians over sittings of the fastest passes' processor time: above 1 the form
-is faster than the graph as written. `rotated` is for speed alone: it takes rows of a batch to start together. Writes
-onnx_fusions-NAME.json and .md; with `--scratch` graphs stay, and sittings are added to those in the results.
+is faster than the graph as written. Writes onnx_fusions-NAME.json and .md; with `--scratch` graphs stay, and sittings
+are added to those in the results.
 """
 
 from __future__ import annotations
@@ -45,23 +45,28 @@ DECODED, TURNS = 16, 4
 Model = onnx.ModelProto
 
 
-def packed(model: Model, config: dict[str, Any]) -> None:  # noqa: ARG001 - one signature
-    for attention in groups(model):
-        split(model, [producer(model, name) for name in rotated_inputs(model, attention)])
-
-
-def rotated(model: Model, config: dict[str, Any]) -> None:
-    cos, sin = (add(model, f"angles.{f.__name__}", f(angles(config)).astype(np.float32)) for f in (np.cos, np.sin))
-    for attention in groups(model):
-        turns = [producer(model, name) for name in attention.input[:2]]
-        products = [producer(model, name) for name in rotated_inputs(model, attention)]
-        joined, _ = join(model, products)
-        attention.input[:3] = [joined, "", ""]
-        attention.input[7:9] = [cos, sin]
-        next(a for a in attention.attribute if a.name == "do_rotary").i = 1
-        for node in (*products, *turns):
-            model.graph.node.remove(node)
-    without_positions(model)
+def unpacked(model: Model, config: dict[str, Any]) -> None:
+    joined = {node.output[0]: list(node.input) for node in model.graph.node if node.op_type == "Concat"}
+    counts = dict(zip("qk", (config["num_attention_heads"], config["num_key_value_heads"]), strict=True))
+    model.graph.input.append(helper.make_tensor_value_info("position_ids", onnx.TensorProto.INT64, ["b", "s"]))
+    for attention in [node for node in groups(model) if node.input[0] and not node.input[1]]:
+        whole = producer(model, attention.input[0])
+        given = {a.name: a.i for a in whole.attribute}
+        for letter, names in zip("qkv", zip(*(joined[name] for name in whole.input[1:]), strict=True), strict=True):
+            output = f"{attention.name}.{letter}"
+            sizes = {"N": array(model, names[0]).shape[0]} if "N" in given else {}
+            inputs = [whole.input[0], *names]
+            nodes = [helper.make_node(whole.op_type, inputs, [output], domain=whole.domain, **(given | sizes))]
+            if letter in counts:
+                angles = [output, *attention.input[7:9], "position_ids"]
+                turned = f"{output}.turned"
+                nodes.append(helper.make_node("RotaryEmbedding", angles, [turned], num_heads=counts[letter]))
+            for node in nodes:
+                model.graph.node.insert(list(model.graph.node).index(attention), node)
+            attention.input["qkv".index(letter)] = nodes[-1].output[0]
+        attention.input[7:9] = ["", ""]
+        next(a for a in attention.attribute if a.name == "do_rotary").i = 0
+        model.graph.node.remove(whole)
 
 
 def apart(model: Model, config: dict[str, Any]) -> None:  # noqa: ARG001 - one signature
@@ -116,7 +121,7 @@ def last(model: Model, config: dict[str, Any]) -> None:  # noqa: ARG001 - one si
 PRODUCTS = ("MatMul", "MatMulNBits")
 HALF_AND_HALF = 0x88  # two codes of 8, what absent zero points of 4 bits are
 FORMS: dict[str, Callable[[Model, dict[str, Any]], None]] = {
-    "packed": packed, "rotated": rotated, "gate_up": gate_up, "skip": skip, "apart": apart, "symmetric": symmetric,
+    "unpacked": unpacked, "gate_up": gate_up, "skip": skip, "apart": apart, "symmetric": symmetric,
     "last": last,
 }  # fmt: skip
 
@@ -127,12 +132,6 @@ def groups(model: Model) -> list[onnx.NodeProto]:
 
 def producer(model: Model, name: str) -> onnx.NodeProto:
     return next(node for node in model.graph.node if name in node.output)
-
-
-def rotated_inputs(model: Model, attention: onnx.NodeProto) -> list[str]:
-    """Outputs of the three products, looking through the rotations of queries and keys."""
-    query, key = (producer(model, name).input[0] for name in attention.input[:2])
-    return [query, key, attention.input[2]]
 
 
 def split(model: Model, products: list[onnx.NodeProto]) -> None:
@@ -174,25 +173,6 @@ def add(model: Model, name: str, values: np.ndarray) -> str:
     return name
 
 
-def angles(config: dict[str, Any]) -> np.ndarray:
-    """(positions, half a head) of the plain rotation."""
-    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    said = config.get("rope_parameters") or {}
-    frequencies = float(said.get("rope_theta", 10000.0)) ** (-np.arange(0, head, 2) / head)
-    return np.outer(np.arange(config["max_position_embeddings"]), frequencies)
-
-
-def without_positions(model: Model) -> None:
-    """Drop `position_ids` and what was computed from it alone."""
-    read = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
-    while dead := [n for n in model.graph.node if not read.intersection(n.output)]:
-        for node in dead:
-            model.graph.node.remove(node)
-        read = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
-    for value in [i for i in model.graph.input if i.name not in read]:
-        model.graph.input.remove(value)
-
-
 def make(source: Path, target: Path, rewrite: Callable[[Model, dict[str, Any]], None]) -> None:
     """The rewritten graph; no file where the rewrite finds nothing to do."""
     model = onnx.load(source / "model.onnx")
@@ -210,7 +190,8 @@ def make(source: Path, target: Path, rewrite: Callable[[Model, dict[str, Any]], 
 class Decoder:
     """One graph, one thread. A cache that can be filled in place is."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, head: int) -> None:
+        self.head = head
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -223,7 +204,7 @@ class Decoder:
     def start(self, length: int) -> None:
         size = length if self.shared else 0
         self.kept = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.zeros((1, shape[1], size, shape[3]), np.float32))
+            name: ort.OrtValue.ortvalue_from_numpy(np.zeros((1, shape[1], size, self.head), np.float32))
             for name, shape in self.past.items()
         }
 
@@ -254,10 +235,10 @@ class Decoder:
         return spent
 
 
-def measured(graphs: dict[str, Path], prompt: int) -> dict[str, dict[str, float]]:
+def measured(graphs: dict[str, Path], prompt: int, head: int) -> dict[str, dict[str, float]]:
     """form -> part -> processor seconds of the fastest pass: the whole prompt, one token behind it."""
     rng = np.random.default_rng()
-    opened = {name: Decoder(graphs[name]) for name in rng.permutation([*graphs])}
+    opened = {name: Decoder(graphs[name], head) for name in rng.permutation([*graphs])}
     ids = np.random.default_rng(0).integers(1, 256, (1, prompt + DECODED))
     found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in opened}
     for turn in range(TURNS + 1):  # the first warms up
@@ -298,7 +279,7 @@ def write(seconds: dict[str, Any], artifact: str, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("--unfused", type=Path, help="an artifact to be measured as it is")
+    parser.add_argument("--beside", type=Path, help="an artifact to be measured as it is")
     parser.add_argument("--sittings", type=int, default=6)
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--forms", nargs="+", choices=[*FORMS], default=[*FORMS])
@@ -306,6 +287,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     name = options.artifact.resolve().name
+    config = json.loads((options.artifact / "config.json").read_text())
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     path = options.out / f"onnx_fusions-{name}.json"
     seconds = json.loads(path.read_text())["seconds"] if options.scratch and path.exists() else {}
     with tempfile.TemporaryDirectory(prefix="onnx-fusions-") as folder:
@@ -316,12 +299,12 @@ def main() -> None:
                 make(options.artifact, scratch / form, FORMS[form])
             if (scratch / form / "model.onnx").exists():
                 graphs[form] = scratch / form / "model.onnx"
-        if options.unfused:
-            graphs["unfused"] = options.unfused / "model.onnx"
+        if options.beside:
+            graphs["beside"] = options.beside / "model.onnx"
         for prompt in options.prompts:
             held = seconds.setdefault(str(prompt), {})
             for _ in range(options.sittings):
-                for form, parts in measured(graphs, prompt).items():
+                for form, parts in measured(graphs, prompt, head).items():
                     for part, figure in parts.items():
                         held.setdefault(form, {}).setdefault(part, []).append(figure)
     write(seconds, name, options.out)

@@ -7,11 +7,11 @@
 GroupQueryAttention appends to the cache in place where the client gives past and present one buffer; that is what makes
 it faster at long contexts. By itself it is wrong for padded batches: it takes a row's length for its number of unmasked
 tokens, counted from the left. So the mask stays what it was and goes in as `attention_bias`, every row is said to be as
-long as the longest (`seqlens_k` = total - 1), and positions are applied before it (`do_rotary` = 0): exact for padding
-on either side. Windows are in the mask. Definition: ContribOperators.md of ONNX Runtime.
+long as the longest (`seqlens_k` = total - 1), and positions are applied before it (`do_rotary` = 0) or by place: exact
+for padding on either side. Windows are in the mask. Definition: ContribOperators.md of ONNX Runtime.
 
 SkipSimplifiedLayerNormalization is left out: its kernel takes one and a half times as long as Add and RMSNormalization
-(`benchmarks/onnx_norms.py`). `benchmarks/onnx_fusions.py` has what one product for queries, keys and values brings.
+(`benchmarks/onnx_norms.py`). One product for queries, keys and values: packed.py.
 """
 
 from __future__ import annotations

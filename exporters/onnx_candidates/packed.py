@@ -109,12 +109,6 @@ def _rewrite(
 
     joined = ir.node("Concat", products, {"axis": -1})
     joined.name = joined.outputs[0].name = f"{node.name}.packed"
-    joined.outputs[0].type = products[0].type
-    first = products[0].shape
-    if first is not None:
-        widths = [value.shape[-1] if value.shape is not None else None for value in products]
-        whole = sum(widths) if all(isinstance(width, int) for width in widths) else None  # type: ignore[arg-type]
-        joined.outputs[0].shape = ir.Shape([*list(first)[:-1], whole])
     graph.insert_before(node, joined)
     for index, value in enumerate((joined.outputs[0], None, None)):
         node.replace_input_with(index, value)

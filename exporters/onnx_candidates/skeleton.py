@@ -4,7 +4,7 @@
 |----------------------------------|-------|--------------------------------------------------------|
 | input_ids                        | int64 | (batch_size, sequence_length)                          |
 | attention_mask                   | int64 | (batch_size, total_sequence_length)                    |
-| position_ids                     | int64 | (batch_size, sequence_length)                          |
+| position_ids (not where packed)  | int64 | (batch_size, sequence_length)                          |
 | token_type_ids (encoders)        | int64 | (batch_size, sequence_length)                          |
 | global_attention_mask            | int64 | (batch_size, sequence_length), Longformer              |
 | pixel_values                     | float | (batch_size, channels, height, width)                  |
