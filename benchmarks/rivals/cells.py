@@ -17,12 +17,12 @@ def _ours(layout: str, **options: Any) -> list[dict[str, Any]]:
     return [{"use": "quantize", "with": {"layout": layout, "solver": "gptq", **options}}]
 
 
-def _trained(layout: str) -> list[dict[str, Any]]:
-    """GPTQ's codes, then eight times through the calibration text: AutoRound's kind of work."""
+def _trained(layout: str, times: int) -> list[dict[str, Any]]:
+    """GPTQ's codes, then so many times as much text as calibration takes: AutoRound's kind of work."""
     return [
         {
             "use": "qat",
-            "with": {"layout": layout, "solver": "gptq", "propagate": 0.5, "tokens": 8 * 8192, "rate": 5e-4},
+            "with": {"layout": layout, "solver": "gptq", "propagate": 0.5, "tokens": times * 8192, "rate": 5e-4},
         }
     ]
 
@@ -70,7 +70,8 @@ def safetensors_cells() -> list[Cell]:
             "autoround, light": {"maker": "autoround", "iterations": 50, **theirs},
             "autoround": {"maker": "autoround", "iterations": 200, **theirs},
             "ours": {"maker": "ours", "passes": _ours(layout)},
-            "ours, trained": {"maker": "ours", "passes": _trained(layout), "trained": True},
+            "ours, trained": {"maker": "ours", "passes": _trained(layout, 8), "trained": True},
+            "ours, trained longer": {"maker": "ours", "passes": _trained(layout, 32), "trained": True},
         }
         cells.append({"cell": f"safetensors {layout}", "container": "safetensors", "makers": makers})
     return cells
