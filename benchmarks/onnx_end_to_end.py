@@ -11,7 +11,7 @@ excluded, to the SHA-256 of every file written. Memory is the peak of the proces
 |---------------------|--------------------------------------------------------------------------------------------|
 | ours-fp32, -int4    | `onnx:fp32`, `onnx:int4` with embeddings and head; with the parity check of the graph       |
 | -int4-last          | logits of the last position alone: `logits: last`, the builder's `prune_lm_head`            |
-| ours-fp32-portable  | fp32 without ONNX Runtime's own operators: plain Attention, RMSNormalization, Add       |
+| ours-fp32-portable  | fp32 without ONNX Runtime's own operators: plain Attention, RMSNormalization, Add           |
 | ours-int4-portable  | standard operators and INT4 DequantizeLinear                                                |
 | ours-int8-dynamic   | activations rounded by token, standard operators                                            |
 | ours-fp16-compute   | products, attention and cache in float16                                                    |

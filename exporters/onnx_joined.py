@@ -26,7 +26,7 @@ def join_products(graph: ir.Graph) -> int:
     for node in [n for n in graph if n.op_type == "Concat" and not n.domain]:
         parts = [value.producer() for value in node.inputs if value is not None and len(value.uses()) == 1]
         makers = [part for part in parts if part is not None]
-        biased = bool(makers) and all(maker.op_type == "Add" and _is_stored(maker.inputs[1]) for maker in makers)
+        biased = bool(makers) and all(maker.op_type == "Add" and is_stored(maker.inputs[1]) for maker in makers)
         products = [_behind(maker) for maker in makers] if biased else makers
         fit = [product for product in products if product is not None]
         if len(fit) == len(node.inputs) and _alike(fit):
@@ -51,7 +51,7 @@ def _alike(products: list[ir.Node]) -> bool:
         and product.inputs[0] is first.inputs[0]
         and len(product.inputs) == len(first.inputs)
         and _numbers(product) == _numbers(first)
-        and all(_is_stored(value) for value in product.inputs[1:])
+        and all(is_stored(value) for value in product.inputs[1:])
         for product in products
     )
 
@@ -60,11 +60,11 @@ def _numbers(product: ir.Node) -> dict[str, int]:
     return {name: attribute.as_int() for name, attribute in product.attributes.items() if name != "N"}
 
 
-def _is_stored(value: ir.Value | None) -> bool:
+def is_stored(value: ir.Value | None) -> bool:
     """An initializer, or the wider form of one."""
     maker = value.producer() if value is not None else None
     if maker is not None and maker.op_type == "Cast":
-        return _is_stored(maker.inputs[0])
+        return is_stored(maker.inputs[0])
     return value is not None and maker is None and not value.is_graph_input()
 
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from tightship.architecture import Architecture
 from tightship.errors import Unsupported
+from tightship.exporters.onnx_candidates.graph_edits import constant
 from tightship.exporters.onnx_candidates.packed import pack_attention
 from tightship.exporters.onnx_candidates.skeleton import DECODER_TASKS, Candidate, Skeleton
 
@@ -105,9 +106,7 @@ def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
     import onnx_ir as ir
 
     inputs = {value.name: value for value in graph.inputs}
-    one = ir.Value(name="gqa.one", type=ir.TensorType(ir.DataType.INT32), shape=ir.Shape([1]))
-    one.const_value = ir.tensor(np.ones(1, np.int32), name="gqa.one")
-    graph.register_initializer(one)
+    one = constant(graph, "gqa.one", np.ones(1, np.int32))
     batch = ir.node("Shape", [inputs["input_ids"]], {"start": 0, "end": 1})
     length = ir.node("Shape", [inputs["attention_mask"]], {"start": 1, "end": 2})
     narrow = ir.node("Cast", [length.outputs[0]], {"to": _INT32})

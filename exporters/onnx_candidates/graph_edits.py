@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from tightship.exporters.onnx_candidates.skeleton import BATCH, PAST, SEQUENCE, TOTAL
 
 if TYPE_CHECKING:
@@ -47,6 +49,17 @@ def inline_functions(model: ir.Model) -> None:
 
     common.InlinePass()(model)
     remove_unused(model)
+
+
+def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """An initializer with data; the one that is there where the name is taken."""
+    import onnx_ir as ir
+
+    if name not in graph.initializers:
+        tensor = ir.tensor(array, name=name)
+        kind, shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
+        graph.register_initializer(ir.Value(name=name, type=kind, shape=shape, const_value=tensor))
+    return graph.initializers[name]
 
 
 def remove_unused(model: ir.Model) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from tightship.architecture import Architecture
 from tightship.errors import Unsupported
+from tightship.exporters.onnx_candidates.graph_edits import constant
 from tightship.exporters.onnx_candidates.skeleton import BATCH, DECODER_TASKS, KEPT, Candidate, Skeleton
 
 if TYPE_CHECKING:
@@ -65,12 +66,12 @@ def keep_last(graph: ir.Graph) -> None:
     hidden = head.inputs[0] if head is not None and head.op_type == "MatMul" else None
     if head is None or hidden is None:
         raise Unsupported("the logits of this graph are not a product by one matrix")
-    kept = _constant(graph, KEPT, np.asarray(1))
+    kept = constant(graph, KEPT, np.asarray(1))
     graph.inputs.append(kept)
-    ends = _constant(graph, f"{KEPT}.end", np.asarray([np.iinfo(np.int64).max]))
+    ends = constant(graph, f"{KEPT}.end", np.asarray([np.iinfo(np.int64).max]))
     tokens, shape = (
-        _constant(graph, f"{KEPT}.axis", np.asarray([1])),
-        _constant(graph, f"{KEPT}.shape", np.asarray([1])),
+        constant(graph, f"{KEPT}.axis", np.asarray([1])),
+        constant(graph, f"{KEPT}.shape", np.asarray([1])),
     )
     back = ir.node("Neg", [kept])
     start = ir.node("Reshape", [back.outputs[0], shape])
@@ -82,12 +83,3 @@ def keep_last(graph: ir.Graph) -> None:
     graph.insert_before(head, [back, start, cut])
     head.replace_input_with(0, cut.outputs[0])
     logits.shape = ir.Shape([BATCH, 1, logits.shape[2] if logits.shape is not None else None])
-
-
-def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    import onnx_ir as ir
-
-    tensor = ir.tensor(array.astype(np.int64), name=name)
-    value = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(array.shape), const_value=tensor)
-    graph.register_initializer(value)
-    return value

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tightship.checkpoint import Checkpoint
+from tightship.exporters.onnx_candidates.graph_edits import constant
+from tightship.exporters.onnx_joined import is_stored
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -77,15 +79,11 @@ def _products(node: ir.Node, turns: list[ir.Node]) -> list[ir.Value] | None:
 def _multiplied(value: ir.Value) -> tuple[ir.Value | None, bool] | None:
     """What a weight multiplies to give a value, and whether a bias comes on top; None if it is no product."""
     maker = value.producer()
-    biased = maker is not None and maker.op_type == "Add" and _is_weight(maker.inputs[1])
+    biased = maker is not None and maker.op_type == "Add" and is_stored(maker.inputs[1])
     if biased and maker is not None and maker.inputs[0] is not None and len(maker.inputs[0].uses()) == 1:
         maker = maker.inputs[0].producer()
-    product = maker is not None and maker.op_type == "MatMul" and _is_weight(maker.inputs[1])
+    product = maker is not None and maker.op_type == "MatMul" and is_stored(maker.inputs[1])
     return (maker.inputs[0], biased) if product and maker is not None else None
-
-
-def _is_weight(value: ir.Value | None) -> bool:
-    return value is not None and value.producer() is None and not value.is_graph_input()
 
 
 def _alike(turns: list[ir.Node]) -> bool:
@@ -168,16 +166,7 @@ class _Tables:
         return self.nodes[-1].outputs[0]
 
     def _constant(self, word: str, number: int | list[int]) -> ir.Value:
-        import onnx_ir as ir
-
-        name = f"positions.{word}"
-        if name not in self.graph.initializers:
-            tensor = ir.tensor(np.asarray(number, np.int64), name=name)
-            kind = ir.TensorType(ir.DataType.INT64)
-            shape = ir.Shape(np.shape(number))
-            value = ir.Value(name=name, type=kind, shape=shape, const_value=tensor)
-            self.graph.register_initializer(value)
-        return self.graph.initializers[name]
+        return constant(self.graph, f"positions.{word}", np.asarray(number, np.int64))
 
 
 def _clear(graph: ir.Graph, *, positions: bool) -> None:
