@@ -63,7 +63,7 @@ class FusedCandidate:
             raise Unsupported("there is no attention with a cache to fuse")
         graph.opset_imports[CONTRIB] = 1
         if self.packed:
-            pack_attention(graph, int(architecture.hyper(config)["context"]))
+            pack_attention(skeleton.model, int(architecture.hyper(config)["context"]))
         return skeleton
 
 

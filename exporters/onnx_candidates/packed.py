@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tightship.checkpoint import Checkpoint
-from tightship.exporters.onnx_candidates.graph_edits import constant
+from tightship.exporters.onnx_candidates.graph_edits import constant, remove_unused
 from tightship.exporters.onnx_joined import is_stored
 
 if TYPE_CHECKING:
@@ -43,8 +43,9 @@ def packs(checkpoint: Checkpoint) -> bool:
     return size > 0 and size % _WIDTHS == 0 and 0 < context * size // 2 <= MOST_ELEMENTS
 
 
-def pack_attention(graph: ir.Graph, context: int) -> int:
+def pack_attention(model: ir.Model, context: int) -> int:
     """Rewrite every GroupQueryAttention that fits; how many there were. `context`: how many positions tables hold."""
+    graph = model.graph
     tables = _Tables(graph, context)
     angles: dict[ir.Value | None, ir.Value | None] = {}
     found = 0
@@ -62,7 +63,9 @@ def pack_attention(graph: ir.Graph, context: int) -> int:
         found += 1
     if found:
         tables.place()
-        _clear(graph, positions=bool(tables.nodes))
+        remove_unused(model)
+        for value in [v for v in graph.inputs if tables.nodes and v.name == "position_ids" and not v.uses()]:
+            graph.inputs.remove(value)
     return found
 
 
@@ -167,12 +170,3 @@ class _Tables:
 
     def _constant(self, word: str, number: int | list[int]) -> ir.Value:
         return constant(self.graph, f"positions.{word}", np.asarray(number, np.int64))
-
-
-def _clear(graph: ir.Graph, *, positions: bool) -> None:
-    """Drop what nobody reads any more; with `positions`, the input of that name too."""
-    for node in reversed(list(graph)):
-        if not any(value.uses() or value.is_graph_output() for value in node.outputs):
-            graph.remove(node, safe=True)
-    for value in [v for v in graph.inputs if positions and v.name == "position_ids" and not v.uses()]:
-        graph.inputs.remove(value)
