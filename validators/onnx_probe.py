@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tightship.errors import Malformed
+from tightship.validators.onnx_joined_products import alone
 
 if TYPE_CHECKING:
     import onnx
@@ -125,25 +126,16 @@ class OnnxGraph:
         for way in ("product", "lookup"):
             inside = self._inside(names, way)
             if inside is not None and way == "product":
-                found[way] = self._product(*inside, shape[1])[self._rows(min(names))]
+                found[way] = self._product(*inside, names, shape[1])
             elif inside is not None:
-                found[way] = self._lookup(*inside, shape[0])
+                found[way] = self._lookup(*inside, names, shape[0])
         if not found:
             raise Malformed("no node of the graph computes with it", tensor=min(names))
         return found
 
-    def _rows(self, name: str) -> slice:
-        """Where the matrix of an operand lies in the product that it is part of: others may be joined to it."""
-        joins = [(node, index) for node, index in self.readers[name] if node.op_type == "Concat"]
-        if not joins:
-            return slice(None)
-        node, index = joins[0]
-        *before, own = (self.initializers[other].dims[0] for other in node.input[: index + 1])
-        return slice(sum(before), sum(before) + own)
-
-    def _product(self, probe: str, result: str, cols: int) -> np.ndarray:
+    def _product(self, probe: str, result: str, names: set[str], cols: int) -> np.ndarray:
         """The product with the identity, `cols` = in."""
-        session, rank = self._session(probe, result, lookup=False)
+        session, rank = self._session(probe, result, names, lookup=False)
         step = max(1, _ELEMENTS // cols)
         parts = []
         for start in range(0, cols, step):
@@ -153,17 +145,20 @@ class OnnxGraph:
             parts.append(found.reshape(len(rows), -1))
         return np.ascontiguousarray(np.concatenate(parts).T, np.float32)
 
-    def _lookup(self, probe: str, result: str, rows: int) -> np.ndarray:
+    def _lookup(self, probe: str, result: str, names: set[str], rows: int) -> np.ndarray:
         """Every row looked up."""
-        session, _ = self._session(probe, result, lookup=True)
+        session, _ = self._session(probe, result, names, lookup=True)
         parts = []
         for start in range(0, rows, _ROWS):
             (found,) = session.run(None, {"probe": np.arange(start, min(start + _ROWS, rows), dtype=np.int64)[None]})
             parts.append(found[0])
         return np.concatenate(parts).astype(np.float32)
 
-    def _session(self, probe: str, result: str, *, lookup: bool) -> tuple[ort.InferenceSession, int]:
-        """A session on the nodes between two values, and the rank that its input needs."""
+    def _session(self, probe: str, result: str, names: set[str], *, lookup: bool) -> tuple[ort.InferenceSession, int]:
+        """A session on the nodes between two values, and the rank that its input needs.
+
+        Where the matrix of `names` is one of several in a product, it is the only one (onnx_joined_products.py).
+        """
         import onnx
         import onnxruntime as ort
 
@@ -176,6 +171,7 @@ class OnnxGraph:
             del copy.attribute[:]
             copy.attribute.extend(kept)
             copies.append(copy)
+        copies = alone(copies, names, self.initializers)
         used = [
             self.initializers[n] for n in dict.fromkeys(n for c in copies for n in c.input) if n in self.initializers
         ]
