@@ -16,7 +16,7 @@ from tightship.opening import open_checkpoint
 from tightship.target import Exported, Target, TargetPlan, no_progress
 from tightship.validators.parity import judge
 from tightship.validators.runtimes import onnx_runtime
-from tightship.weights import Alias, Dense, Quantized, Weight
+from tightship.weights import Dense, Quantized, Weight
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -59,15 +59,20 @@ class Lab:
         kind = getattr(transformers, checkpoint.config["architectures"][0])
         model = kind.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
         with torch.no_grad():
-            for name, weight in checkpoint.weights.items():
-                if not isinstance(weight, Alias):
-                    model.get_parameter(name).copy_(torch.from_numpy(np.array(weight.value())))
+            for name in checkpoint.weights:
+                model.get_parameter(name).copy_(torch.from_numpy(np.array(checkpoint.resolve(name).value())))
             out = model(torch.from_numpy(ids), output_hidden_states=True)
         return {"logits": out.logits.numpy(), "last_hidden_state": out.hidden_states[-1].numpy()}
 
     def run(self, directory: Path, ids: np.ndarray, **job: object) -> dict[str, np.ndarray]:
         whole = {"artifact": str(directory), "main": "model.onnx", "mode": "graph", **job}
         return onnx_runtime.run(whole, {"input_ids": ids})[1]
+
+    def check_logits(self, checkpoint: Checkpoint, source: Path, directory: Path, ids: np.ndarray) -> None:
+        """Against transformers' loader on `source`, in one pass and through the cache, with optimisations off."""
+        expected = self.expected(checkpoint, source, ids)["logits"]
+        for want in ("outputs", "decode"):
+            assert self.apart(self.run(directory, ids, want=want)["logits"], expected) <= 1e-5
 
     def apart(self, got: np.ndarray, expected: np.ndarray) -> float:
         return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))

@@ -78,9 +78,7 @@ def test_low_rank_and_free_minima(ember: Checkpoint, lab: Any, word: str, portab
         changed[name] = (base, Sum(base, Factored(left, right)), Factored(left, right))[index % 3]
     mixed = ember.with_weights(changed)
     directory, _, _ = lab.build(mixed, profile="portable" if portable else "ort")
-    expected = lab.expected(mixed, EXAMPLES / "ember", IDS)["logits"]
-    assert lab.apart(lab.run(directory, IDS)["logits"], expected) <= 1e-5
-    assert lab.apart(lab.run(directory, IDS, want="decode")["logits"], expected) <= 1e-5
+    lab.check_logits(mixed, EXAMPLES / "ember", directory, IDS)
 
 
 TABLES = ["fp8-e4m3", "fp8-e4m3-channel", "fp8-e4m3-block", "mxfp8", "mxfp4", "nvfp4", "nvfp4-scaled", "iq4_nl"]
