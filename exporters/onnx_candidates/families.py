@@ -15,7 +15,6 @@ class Routing:
     """How tokens find their experts.
 
     Attributes:
-        used: config key of the number of experts a token takes.
         late: softmax over the chosen scores; else over all of them, before the choice.
         sigmoid: scores are sigmoids, not softmax over all experts.
         renormalized: whether chosen probabilities are scaled to sum 1; a config key, or the answer.
@@ -24,7 +23,6 @@ class Routing:
         best_of_group: a group's score is the sum of so many of its best.
     """
 
-    used: str = "num_experts_per_tok"
     late: bool = False
     sigmoid: bool = False
     renormalized: str | bool = True
@@ -158,6 +156,7 @@ FAMILIES = {
     "solar_open": Family(routing=_BIASED),
     "flex_olmo": _ROUTED,
     "hunyuan_v1_dense": Family(late_head_norm=True),
+    "hunyuan_v1_moe": Family(late_head_norm=True),
     "jais2": Family(norm="layer"),
     "glm4_moe_lite": Family(interleaved=True, routing=_BIASED),
     "gpt2": Family(scaled="scale_attn_weights", by_layer="scale_attn_by_inverse_layer_idx"),

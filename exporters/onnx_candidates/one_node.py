@@ -47,7 +47,7 @@ def in_one_node(net: Network, block: int, flat: ir.Value, counts: ir.Value) -> i
         _stacks(net, net.matrices(block, roles)) for roles in (("ffn_gate_exps", "ffn_up_exps"), ("ffn_down_exps",))
     )
     inputs = (flat, counts, *first, None, *second, *(None,) * _UNUSED, counts)
-    used = int(net.option(net.family.routing.used))
+    used = int(net.hyper["experts_used"])
     return net.ops(OP, *inputs, domain=CONTRIB, k=used, normalize_routing_weights=0, **_gate())[0]
 
 

@@ -36,7 +36,7 @@ def _chosen(net: Network, block: int, scores: ir.Value) -> ir.Value:
         scores = net.op("Add", scores, bias)
     if net.answer(routing.grouped):
         scores = net.op("Where", _in_best_groups(net, scores), scores, net.number(LOWEST))
-    return _best(net, scores, int(net.option(routing.used)))[1]
+    return _best(net, scores, int(net.hyper["experts_used"]))[1]
 
 
 def _in_best_groups(net: Network, scores: ir.Value) -> ir.Value:

@@ -3,6 +3,7 @@
 | alternative          | value                                                            |
 |----------------------|------------------------------------------------------------------|
 | `key` or `a.b`       | the config's, unless absent or null                              |
+| `key[]`              | the config's number, or the one that all entries of its list are |
 | `#key`               | number of entries under the key                                  |
 | `key==word`          | list of 1 and 0, whether each entry of the key's list is `word`  |
 | `#key==word`         | number of entries that are `word`                                |
@@ -18,16 +19,21 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tightship.errors import Malformed
+from tightship.errors import Malformed, Unsupported
 
 _FACTOR = re.compile(r"([*/]?)\s*([a-z_0-9]+)")
 
 
 def alternative(option: str | float, config: Mapping[str, Any], found: Mapping[str, Any]) -> Any:
-    """What a config.json says to an alternative; None where it says nothing. `found`: hyper-parameters so far."""
+    """What a config.json says to an alternative; None where it says nothing. `found`: hyper-parameters so far.
+
+    Raises:
+        Unsupported: a list by layer whose entries differ, where one number is wanted.
+    """
     if not isinstance(option, str):
         return option
     option, _, condition = option.partition("?")
+    option, by_layer, _ = option.partition("[]")
     if option == "none" or (condition and not dig(config, condition)):
         return None
     if option.startswith("="):
@@ -39,7 +45,15 @@ def alternative(option: str | float, config: Mapping[str, Any], found: Mapping[s
     if word:
         marks = [int(entry == word) for entry in value]
         return sum(marks) if option.startswith("#") else marks
+    if by_layer and isinstance(value, list):
+        value = _only(value, key)
     return len(value) if option.startswith("#") else value
+
+
+def _only(values: list[Any], key: str) -> Any:
+    if not values or any(value != values[0] for value in values):
+        raise Unsupported(f"{key} = {values} differs by layer", hint="one number for all layers is supported")
+    return values[0]
 
 
 def literal(expression: str, hyper: Mapping[str, Any]) -> Any:

@@ -38,7 +38,7 @@ def config_of(architecture: Architecture, metadata: Metadata, tensors: Mapping[s
     config["tie_word_embeddings"] = found["tied"]
     for name, alternatives in architecture.config.items():
         options = alternatives if isinstance(alternatives, list) else [alternatives]
-        first = str(options[0]).partition("?")[0]
+        first = str(options[0]).partition("?")[0].removesuffix("[]")
         if first.isidentifier() and (found.get(name) is not None or "none" in options):
             config[first] = found.get(name)
     config |= _told_by_tensors(gguf, found, tensors)

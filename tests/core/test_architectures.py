@@ -13,7 +13,7 @@ import transformers
 
 from tightship.architecture import all_architectures, architecture_for, build
 from tightship.errors import Malformed, Unsupported
-from tightship.expressions import literal
+from tightship.expressions import alternative, literal
 from tightship.opening import open_checkpoint
 from tightship.weights import Alias
 
@@ -35,6 +35,7 @@ LATENT |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 
 LATENT |= {"num_key_value_heads": 4, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
 GLM_MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
 GLM_MOE |= {"pad_token_id": 0, "head_dim": 16}
+HUNYUAN_MOE = {"head_dim": 16, "num_experts": 3, "moe_topk": [2, 2]}
 ENDS = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}
 T5 = {"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
 MAMBA = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}
@@ -123,6 +124,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("GraniteMoeSharedConfig", "GraniteMoeSharedForCausalLM", {**DECODER, "shared_intermediate_size": 48}),
     ("GraniteMoeSharedConfig", "GraniteMoeSharedForCausalLM", {**DECODER, "shared_intermediate_size": 0}),
     ("HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM", {**DECODER, "head_dim": 16, "attention_bias": True}),
+    ("HunYuanMoEV1Config", "HunYuanMoEV1ForCausalLM", {**DECODER, **HUNYUAN_MOE, "attention_bias": True}),
     ("Jais2Config", "Jais2ForCausalLM", {**DECODER, "head_dim": 16, **ENDS}),
     ("Glm4MoeLiteConfig", "Glm4MoeLiteForCausalLM", {**DECODER, **LATENT}),
     ("Glm4MoeLiteConfig", "Glm4MoeLiteForCausalLM", {**DECODER, **LATENT, "q_lora_rank": None, "num_hidden_layers": 3}),
@@ -284,6 +286,14 @@ def test_expressions() -> None:
     assert literal("hidden+2*heads*head_dim", hyper) == 128
     with pytest.raises(Malformed, match="nothing"):
         literal("heads*nothing", hyper)
+
+
+def test_a_number_may_be_repeated_a_layer() -> None:
+    assert alternative("moe_topk[]", {"moe_topk": 2}, {}) == 2
+    assert alternative("moe_topk[]", {"moe_topk": [2, 2]}, {}) == 2
+    assert alternative("moe_topk[]", {}, {}) is None
+    with pytest.raises(Unsupported, match="differs by layer"):
+        alternative("moe_topk[]", {"moe_topk": [1, 2]}, {})
 
 
 def test_a_config_without_a_needed_key_is_exit_5() -> None:

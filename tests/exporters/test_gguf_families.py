@@ -68,6 +68,10 @@ EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "seed-oss": ("SeedOssForCausalLM", {**SIZES, "head_dim": 32, "attention_out_bias": False}),
     "hunyuan": ("HunYuanDenseV1ForCausalLM", {**SIZES, "head_dim": 32, "tie_word_embeddings": True}),
     "hunyuan-stretched": ("HunYuanDenseV1ForCausalLM", {**SIZES, "head_dim": 32, "rope_parameters": STRETCHED}),
+    "hunyuan-moe": (
+        "HunYuanMoEV1ForCausalLM",
+        {**SIZES, "head_dim": 32, "num_experts": 4, "moe_topk": [2, 2], "tie_word_embeddings": True},
+    ),
     "dots1": ("Dots1ForCausalLM", {**NEOX, **ROUTED, "norm_topk_prob": True, "routed_scaling_factor": 2.0}),
     "dots1-shares": ("Dots1ForCausalLM", {**NEOX, **ROUTED, "norm_topk_prob": False}),
     "umt5": ("UMT5ForConditionalGeneration", {**T5, "num_layers": 3, "feed_forward_proj": "relu"}),
@@ -181,6 +185,7 @@ def test_logits_are_those_of_transformers(  # noqa: PLR0917 - fixtures
     [
         ("SeedOssForCausalLM", {**SIZES, "attention_out_bias": True}, "attention_out_bias"),
         ("HunYuanDenseV1ForCausalLM", {**SIZES, "head_dim": 16, "attention_bias": True}, "attention_bias"),
+        ("HunYuanMoEV1ForCausalLM", {**SIZES, "head_dim": 16, "attention_bias": True}, "attention_bias"),
         ("Dots1ForCausalLM", {**NEOX, **ROUTED, "n_group": 2}, "n_group"),
         ("Dots1ForCausalLM", {**NEOX, **ROUTED, "num_key_value_heads": 2}, "num_key_value_heads"),
         ("Gemma2ForCausalLM", {**GEMMA, "query_pre_attn_scalar": 32}, "query_pre_attn_scalar"),

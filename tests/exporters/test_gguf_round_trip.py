@@ -74,6 +74,7 @@ MODELS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "olmo": ("OlmoForCausalLM", {**SIZES, "eos_token_id": 0, "clip_qkv": 0.5}),
     "seed-oss": ("SeedOssForCausalLM", {**SIZES, "head_dim": 32, "attention_out_bias": False}),
     "hunyuan": ("HunYuanDenseV1ForCausalLM", {**SIZES, "head_dim": 32}),
+    "hunyuan-moe": ("HunYuanMoEV1ForCausalLM", {**SIZES, "head_dim": 32, "num_experts": 4, "moe_topk": 2}),
     "dots1": (
         "Dots1ForCausalLM",
         {**NEOX, **ROUTED, "num_key_value_heads": 4, "sliding_window": None},

@@ -78,6 +78,7 @@ MODELS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "gpt_neox": ("GPTNeoXForCausalLM", SIZES),
     "granite": ("GraniteForCausalLM", GROUPED),
     "hunyuan_v1_dense": ("HunYuanDenseV1ForCausalLM", {**GROUPED, "head_dim": 32}),
+    "hunyuan_v1_moe": ("HunYuanMoEV1ForCausalLM", {**GROUPED, "head_dim": 32, "num_experts": 4, "moe_topk": 2}),
     "llama": ("LlamaForCausalLM", GROUPED),
     "mamba": ("MambaForCausalLM", {"vocab_size": 512, "hidden_size": 256, "num_hidden_layers": 2}),
     "mistral": ("MistralForCausalLM", {**GROUPED, "sliding_window": None}),

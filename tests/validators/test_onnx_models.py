@@ -29,6 +29,7 @@ STEPS, PROMPT = 64, 6
 LENGTHS = {"one": [6], "left": [6, 4, 5, 2], "right": [6, 4, 5, 2]}  # of the prompts
 STEPPED = ("MistralForCausalLM", "Gemma3ForCausalLM", "GPT2LMHeadModel", "BloomForCausalLM", "MptForCausalLM")
 STEPPED += ("MixtralForCausalLM", "GptOssForCausalLM", "DeepseekV3ForCausalLM", "MambaForCausalLM")
+STEPPED += ("HunYuanMoEV1ForCausalLM",)
 TWO_STACKS = ("T5ForConditionalGeneration", "BartForConditionalGeneration", "MarianMTModel")
 # Kinds of model, and the biases of keys that no output can show.
 SEEN: dict[str, tuple[str, ...]] = {
@@ -95,6 +96,7 @@ ROUTED = (
     "DeepseekV2ForCausalLM",
     "Glm4MoeForCausalLM",
     "MiniMaxM2ForCausalLM",
+    "HunYuanMoEV1ForCausalLM",
 )
 
 
