@@ -21,6 +21,8 @@ class Routing:
         scale: config key of a factor on what chosen experts count.
         grouped: whether only experts of the best groups can be chosen; the answer, or (config key, value) for yes.
         best_of_group: a group's score is the sum of so many of its best.
+        mixed: experts are chosen one by one, each with its softmax over those that come near it; the config key of half
+            the distance, relative to the score (PhiMoE).
     """
 
     late: bool = False
@@ -29,6 +31,7 @@ class Routing:
     scale: str | None = None
     grouped: bool | tuple[str, str] = False
     best_of_group: int = 1
+    mixed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Family:
         post_norm: config key that puts norms behind the residual sums where it is false (OPT).
         interleaved: rotation pairs neighbours (GPT-J), not halves.
         late_head_norm: norms of queries and keys stand behind the rotation (HunYuan).
+        sized_rotation: a scaled rotation is made longer by one of two numbers of the config, for prompts within the
+            original context and beyond it; frequencies are those for within (PhiMoE).
         rotated: which layers rotate: `all`, `sliding` ones only, or a config key with one flag a layer.
         fused: order of queries, keys and values in one matrix: `parts`, `groups` of heads around each key head, or
             `quarters` of heads with values before keys (CodeGen).
@@ -83,6 +88,7 @@ class Family:
     post_norm: str | None = None
     interleaved: bool = False
     late_head_norm: bool = False
+    sized_rotation: bool = False
     rotated: str = "all"
     fused: str = "parts"
     alibi: str | None = None
@@ -127,6 +133,7 @@ FAMILIES = {
     "olmoe": _ROUTED,
     "phi": Family(parallel=True),
     "phi3": Family(),
+    "phimoe": Family(sized_rotation=True, routing=Routing(mixed="router_jitter_noise")),
     "gemma": _GEMMA,
     "gemma2": _GEMMA,
     "gemma3": _GEMMA,

@@ -30,14 +30,27 @@ def rotation(net: Network, positions: ir.Value, kind: str) -> Turn:
     rope = types[kind] if isinstance(types, dict) else types
     frequencies = _numpy(getattr(rotary, f"{prefix}inv_freq"))
     table = net.constant(f"rope.{kind}.inv_freq", frequencies)
-    if rope == "longrope":
+    sized = net.family.sized_rotation and rope != "default"
+    if rope == "longrope" and not sized:
         table = _by_length(net, positions, table, prefix, kind)
-    elif rope not in _FIXED_ROPES:
+    elif rope not in (*_FIXED_ROPES, "longrope"):
         raise Unsupported(f"rope type {rope!r} changes its frequencies with the prompt")
     scaling = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
     angles = _angles(net, positions, table)
-    cos, sin = (net.scaled(net.op(function, angles), scaling) for function in ("Cos", "Sin"))
+    cos, sin = (net.op(function, angles) for function in ("Cos", "Sin"))
+    if sized:
+        size = _size_by_length(net, positions)
+        cos, sin = net.op("Mul", cos, size), net.op("Mul", sin, size)
+    else:
+        cos, sin = net.scaled(cos, scaling), net.scaled(sin, scaling)
     return cos, sin, _partial(net, 2 * len(frequencies))
+
+
+def _size_by_length(net: Network, positions: ir.Value) -> ir.Value:
+    """What sines are multiplied with, a scalar: one number within the original context, another beyond it."""
+    rope = net.resolved.rope_parameters
+    within, beyond = (net.number(float(rope[f"{word}_mscale"])) for word in ("short", "long"))
+    return _beyond(net, positions, int(rope["original_max_position_embeddings"]), beyond, within)
 
 
 def _plain_rotation(net: Network, positions: ir.Value, width: int) -> Turn:
@@ -77,8 +90,13 @@ def _by_length(net: Network, positions: ir.Value, short: ir.Value, prefix: str, 
     options = {"layer_type": kind} if prefix else {}
     found, _ = ROPE_INIT_FUNCTIONS["longrope"](net.resolved, None, seq_len=original + 1, **options)
     long = net.constant(f"rope.{kind}.long_inv_freq", _numpy(found))
+    return _beyond(net, positions, original, long, short)
+
+
+def _beyond(net: Network, positions: ir.Value, original: int, beyond: ir.Value, within: ir.Value) -> ir.Value:
+    """One value where a position lies beyond the original context, the other where none does."""
     farthest = net.op("ReduceMax", positions, keepdims=0)
-    return net.op("Where", net.op("Greater", farthest, net.integer(original - 1)), long, short)
+    return net.op("Where", net.op("Greater", farthest, net.integer(original - 1)), beyond, within)
 
 
 def _numpy(tensor: Any) -> np.ndarray:

@@ -13,8 +13,15 @@ if TYPE_CHECKING:
 
 def shares(net: Network, block: int, flat: ir.Value) -> ir.Value:
     """(tokens, experts) float of (tokens, hidden): what each expert counts for a token, 0 for those not chosen."""
-    routing = net.family.routing
     scores = net.linear(flat, block, "ffn_gate_inp")
+    values, chosen = _mixed(net, scores) if net.family.routing.mixed else _ranked(net, block, scores)
+    empty = net.op("Mul", scores, net.number(0.0))
+    return net.op("ScatterElements", empty, chosen, values, axis=1)
+
+
+def _ranked(net: Network, block: int, scores: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """What the experts with the best scores count, float, and which they are, int64: both (tokens, used)."""
+    routing = net.family.routing
     if not routing.late:
         scores = net.op("Sigmoid", scores) if routing.sigmoid else net.op("Softmax", scores, axis=-1)
     chosen = _chosen(net, block, scores)
@@ -24,8 +31,26 @@ def shares(net: Network, block: int, flat: ir.Value) -> ir.Value:
     elif net.answer(routing.renormalized):
         values = net.op("Div", values, net.op("ReduceSum", values, net.integers(-1), keepdims=1))
     values = net.scaled(values, float(net.option(routing.scale))) if routing.scale else values
-    empty = net.op("Mul", scores, net.number(0.0))
-    return net.op("ScatterElements", empty, chosen, values, axis=1)
+    return values, chosen
+
+
+def _mixed(net: Network, scores: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The same by SparseMixer-v2 (arXiv 2409.12136, section 2) without its noise: the best expert, then the best left.
+
+    Each counts its softmax among experts that are left and whose scores are not far below its own.
+    """
+    tolerance = net.number(2 * float(net.option(str(net.family.routing.mixed))))
+    size, hidden = net.op("Abs", scores), net.number(LOWEST)
+    found, left = [], scores
+    for _ in range(int(net.hyper["experts_used"])):
+        top, place = _best(net, left, 1)
+        below = net.op("Div", net.op("Sub", top, scores), net.op("Max", size, top))
+        near = net.op("Where", net.op("Greater", below, tolerance), hidden, left)
+        share = net.op("GatherElements", net.op("Softmax", near, axis=-1), place, axis=1)
+        found.append((share, place))
+        left = net.op("ScatterElements", left, place, net.op("Expand", hidden, net.op("Shape", place)), axis=1)
+    values, chosen = (net.op("Concat", *parts, axis=1) for parts in zip(*found, strict=True))
+    return values, chosen
 
 
 def _chosen(net: Network, block: int, scores: ir.Value) -> ir.Value:

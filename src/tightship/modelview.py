@@ -298,15 +298,14 @@ def _config(config: Mapping[str, Any]) -> Any:
 
 
 def _model_class(checkpoint: Checkpoint) -> Any:
-    """The class that config.json names, if the family's data lists it."""
+    """The class that config.json names, if the family's data lists it; the family's for names of old files."""
     import transformers
 
     known = checkpoint.architecture.classes
     named = [c for c in checkpoint.config.get("architectures") or [] if c in known]
-    name = (named or list(known))[0]
-    found = getattr(transformers, name, None)
+    found = next((getattr(transformers, c) for c in (*named, *known) if hasattr(transformers, c)), None)
     if found is None:
-        raise Unsupported(f"this transformers has no class {name}", hint="install a transformers that has it")
+        raise Unsupported(f"this transformers has no class {known[0]}", hint="install a transformers that has it")
     return unlike_layers(found, checkpoint.config) if has_unlike_layers(checkpoint.config) else found
 
 

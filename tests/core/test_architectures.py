@@ -35,6 +35,7 @@ LATENT |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 
 LATENT |= {"num_key_value_heads": 4, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
 GLM_MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
 GLM_MOE |= {"pad_token_id": 0, "head_dim": 16}
+PHI_MOE = {"num_local_experts": 3, "num_experts_per_tok": 2}
 HUNYUAN_MOE = {"head_dim": 16, "num_experts": 3, "moe_topk": [2, 2]}
 ENDS = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}
 T5 = {"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
@@ -124,6 +125,8 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("GraniteMoeSharedConfig", "GraniteMoeSharedForCausalLM", {**DECODER, "shared_intermediate_size": 48}),
     ("GraniteMoeSharedConfig", "GraniteMoeSharedForCausalLM", {**DECODER, "shared_intermediate_size": 0}),
     ("HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM", {**DECODER, "head_dim": 16, "attention_bias": True}),
+    ("PhimoeConfig", "PhimoeForCausalLM", {**DECODER, **PHI_MOE, "attention_bias": True, "lm_head_bias": True}),
+    ("PhimoeConfig", "PhimoeForCausalLM", {**DECODER, **PHI_MOE, "tie_word_embeddings": True}),
     ("HunYuanMoEV1Config", "HunYuanMoEV1ForCausalLM", {**DECODER, **HUNYUAN_MOE, "attention_bias": True}),
     ("Jais2Config", "Jais2ForCausalLM", {**DECODER, "head_dim": 16, **ENDS}),
     ("Glm4MoeLiteConfig", "Glm4MoeLiteForCausalLM", {**DECODER, **LATENT}),

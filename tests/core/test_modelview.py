@@ -11,6 +11,7 @@ import pytest
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Malformed
 from tightship.modelview import ModelView
+from tightship.opening import open_checkpoint
 from tightship.weights import Alias, Dense
 
 torch = pytest.importorskip("torch")
@@ -50,6 +51,20 @@ def test_an_added_tensor_is_an_error_that_names_it(family: str, tiny: Tiny, name
     checkpoint = tiny(family).with_weights({name: Dense.of(np.zeros(5, np.float32))})
     with pytest.raises(Malformed, match=name):
         ModelView(checkpoint).module()
+
+
+def test_a_name_that_only_old_files_use_is_the_class_of_today(tmp_path: Path) -> None:
+    """Files from before transformers had PhiMoE call its class PhiMoEForCausalLM."""
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 32, "num_key_value_heads": 2, "num_local_experts": 3}
+    model = transformers.PhimoeForCausalLM(transformers.PhimoeConfig(**sizes))
+    model.save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace("PhimoeForCausalLM", "PhiMoEForCausalLM"))
+    ids = np.arange(10)[None]
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids)).logits.numpy()
+    np.testing.assert_allclose(ModelView(open_checkpoint(tmp_path)).outputs(ids)["logits"], expected, atol=1e-5)
 
 
 def test_an_alias_gives_the_owner_and_the_checkpoint_stays_as_it_was(tiny: Tiny) -> None:

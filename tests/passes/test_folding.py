@@ -39,6 +39,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3", {**DECODER, "pad_token_id": 0}),
     "mixtral": ("Mixtral", {**DECODER, "num_local_experts": 3, "num_experts_per_tok": 2}),
     "hunyuan_v1_moe": ("HunYuanMoEV1", {**DECODER, "head_dim": 16, "num_experts": 3, "moe_topk": 2}),
+    "phimoe": ("Phimoe", {**DECODER, "num_local_experts": 3, "num_experts_per_tok": 2, "attention_bias": True}),
     "opt": ("OPT", {**SIZES, "ffn_dim": 96, "max_position_embeddings": 64, "word_embed_proj_dim": 64}),
     "opt-plain": (
         "OPT",

@@ -29,7 +29,7 @@ STEPS, PROMPT = 64, 6
 LENGTHS = {"one": [6], "left": [6, 4, 5, 2], "right": [6, 4, 5, 2]}  # of the prompts
 STEPPED = ("MistralForCausalLM", "Gemma3ForCausalLM", "GPT2LMHeadModel", "BloomForCausalLM", "MptForCausalLM")
 STEPPED += ("MixtralForCausalLM", "GptOssForCausalLM", "DeepseekV3ForCausalLM", "MambaForCausalLM")
-STEPPED += ("HunYuanMoEV1ForCausalLM",)
+STEPPED += ("HunYuanMoEV1ForCausalLM", "PhimoeForCausalLM")
 TWO_STACKS = ("T5ForConditionalGeneration", "BartForConditionalGeneration", "MarianMTModel")
 # Kinds of model, and the biases of keys that no output can show.
 SEEN: dict[str, tuple[str, ...]] = {
@@ -97,6 +97,7 @@ ROUTED = (
     "Glm4MoeForCausalLM",
     "MiniMaxM2ForCausalLM",
     "HunYuanMoEV1ForCausalLM",
+    "PhimoeForCausalLM",
 )
 
 
