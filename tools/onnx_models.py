@@ -28,10 +28,11 @@ PAGE = ROOT / "docs" / "onnx-models.md"
 HEADER = """# Models proven in ONNX
 
 One line for each `model_type`, and for each further shape of it that a graph must get right. The margin is the largest
-relative L2 distance between transformers (float32, eager) and the graph in ONNX Runtime, optimisations off and on, over
-all outputs and cases of the parity check: one token, a batch, a prompt past window and rope context, right padding; for
-decoders left padding and token by token through the cache as well. The limit is 1e-5. Models are random, every
-parameter of them; how a graph of your model is judged is in `validation.md`.
+relative L2 distance between transformers (float32, eager; sdpa where eager attention adds Falcon's ALiBi twice)
+and the graph in ONNX Runtime, optimisations off and on, over all outputs and cases of the parity check: one token, a
+batch, a prompt past window and rope context, right padding; for decoders left padding and token by token through the
+cache as well. The limit is 1e-5. Models are random, every parameter of them; how a graph of your model is judged is in
+`validation.md`.
 
 Written by `python tools/onnx_models.py`.
 

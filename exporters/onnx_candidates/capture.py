@@ -70,7 +70,7 @@ def hollow_module(config: Mapping[str, Any], architecture: Architecture) -> Any:
     if kind is None or config.get("model_type") not in transformers.CONFIG_MAPPING:
         raise Unsupported(f"this transformers has no class for {config.get('model_type')!r}")
     resolved = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-    resolved._attn_implementation = "eager"
+    resolved._attn_implementation = architecture.attention(config)
     with _parameters_on_meta():
         module = kind(resolved).eval()
         module.tie_weights()

@@ -56,7 +56,7 @@ def _sights(net: Network, ids: ir.Value, mask: ir.Value) -> list[Sight]:
     types = list(types or ["sliding_attention" if window else "full_attention"] * layers)[:layers]
     kinds = list(dict.fromkeys(types))
     masks = {kind: causal_mask(net, ids, mask, window if kind in _LOCAL else None) for kind in kinds}
-    if net.family.alibi:
+    if net.family.alibi and net.option("alibi", True):
         bias = alibi(net, mask, int(net.hyper["heads"]))
         masks = {kind: net.op("Add", value, bias) for kind, value in masks.items()}
         return [Sight(masks[kind], None, cache="") for kind in types]

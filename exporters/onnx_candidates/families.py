@@ -58,8 +58,9 @@ class Family:
         rotated: which layers rotate: `all`, `sliding` ones only, or a config key with one flag a layer.
         fused: order of queries, keys and values in one matrix: `parts`, `groups` of heads around each key head, or
             `quarters` of heads with values before keys (CodeGen).
-        alibi: scores lose distance times a slope a head, no rotation; places are `counted` over unmasked tokens (BLOOM)
-            or `indexed` (MPT).
+        alibi: scores lose distance times a slope a head, no rotation, unless the config has an `alibi` that is false.
+            Places are `counted` over unmasked tokens (BLOOM), in bfloat16 and `scaled` like scores (Falcon), or
+            `indexed` (MPT).
         counted_positions: of an encoder, over tokens that are no padding (RoBERTa).
         attention_scale: config key of the factor on scores; `none` for 1. Else query_pre_attn_scalar or the head size
             to the power -1/2.
@@ -178,7 +179,7 @@ FAMILIES = {
     "falcon": Family(
         parallel="parallel_attn",
         fused="groups",
-        must=(("alibi", False, "transformers 5.23 adds it twice with eager attention, once with sdpa: no reference"),),
+        alibi="scaled",
     ),
     "mpt": Family(alibi="indexed", norm="layer", must=(("no_bias", True, "there are no biases here"),)),
     "olmo": Family(norm="layer", bare_norms=True),

@@ -13,7 +13,7 @@ from tightship.exporters.onnx_candidates.skeleton import Feed, Skeleton, Stack
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-FLOAT, INT64, BOOL = 1, 7, 9
+FLOAT, INT64, BOOL, BFLOAT16 = 1, 7, 9, 16
 LOWEST = float(np.finfo(np.float32).min)  # hides a position; unlike -inf, a row that sees nothing stays finite
 # Operators whose output has the shape of their first input.
 _ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Clip", "Tanh", "Sigmoid", "Relu", "Gelu", "Softmax")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 
 from tightship.errors import Unsupported
-from tightship.exporters.onnx_candidates.graph_builder import BOOL, FLOAT, LOWEST
+from tightship.exporters.onnx_candidates.graph_builder import BFLOAT16, BOOL, FLOAT, LOWEST
 from tightship.exporters.onnx_candidates.network import Network
 
 if TYPE_CHECKING:
@@ -190,7 +191,8 @@ def t5_buckets(distances: np.ndarray, buckets: int, farthest: int, *, ahead: boo
 def alibi(net: Network, mask: ir.Value, heads: int) -> ir.Value:
     """(batch, heads, 1, total): place of each key, counted over unmasked ones or over all, times the head's slope.
 
-    ALiBi (arXiv 2108.12409), section 3; a query's own position adds the same to all of its scores.
+    ALiBi (arXiv 2108.12409), section 3; a query's own position adds the same to all of its scores. Falcon was trained
+    with places, slopes and products in bfloat16, added to scores before those are scaled.
     """
     if net.family.alibi == "indexed":
         row = net.op("Unsqueeze", net.range(net.integer(0), net.length(mask)), net.integers(0))
@@ -198,8 +200,17 @@ def alibi(net: Network, mask: ir.Value, heads: int) -> ir.Value:
     else:
         counted = net.op("Sub", net.op("CumSum", mask, net.integer(1)), net.integer(1))
         places = net.op("Cast", net.op("Mul", counted, mask), to=FLOAT)
-    table = net.constant("alibi.slopes", slopes(heads).reshape(1, heads, 1, 1))
-    return net.op("Mul", net.op("Unsqueeze", places, net.integers(1, 2)), table)
+    places, factors = net.op("Unsqueeze", places, net.integers(1, 2)), slopes(heads).reshape(1, heads, 1, 1)
+    if net.family.alibi != "scaled":
+        return net.op("Mul", places, net.constant("alibi.slopes", factors))
+    factors = factors.astype(ml_dtypes.bfloat16).astype(np.float32)
+    bias = net.op("Mul", _rounded(net, places), net.constant("alibi.slopes", factors))
+    return net.op("Div", _rounded(net, bias), net.number(math.sqrt(int(net.hyper["head_dim"]))))
+
+
+def _rounded(net: Network, x: ir.Value) -> ir.Value:
+    """The bfloat16 that is nearest to a float, as a float."""
+    return net.op("Cast", net.op("Cast", x, to=BFLOAT16), to=FLOAT)
 
 
 def slopes(heads: int) -> np.ndarray:

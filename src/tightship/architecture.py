@@ -89,6 +89,7 @@ class Architecture:
     base_prefix: str = ""
     renames: tuple[tuple[str, str], ...] = ()
     packed_note: str | None = None
+    sdpa_when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     prunable: Mapping[str, Any] = field(default_factory=dict)
     decoder_prefix: str | None = None
 
@@ -151,6 +152,10 @@ class Architecture:
     def ignores(self, name: str) -> bool:
         """Whether an on-disk name is a buffer that is dropped on purpose."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.ignored)
+
+    def attention(self, config: Mapping[str, Any]) -> str:
+        """transformers' implementation of attention that computes the model: the plain one, unless it is wrong."""
+        return "sdpa" if self.sdpa_when and holds(self.sdpa_when, config) else "eager"
 
     def check_supported(self, config: Mapping[str, Any]) -> None:
         """Refuse config features that nobody maps.
@@ -266,6 +271,7 @@ def build(data: Mapping[str, Any]) -> list[Architecture]:
         base_prefix=prefix,
         renames=tuple((a, b) for a, b in data.get("renames", ())),
         packed_note=data.get("packed_note"),
+        sdpa_when={key: tuple(values) for key, values in data.get("sdpa_when", {}).items()},
         prunable=data.get("prunable", {}),
     )
     return [whole, *(_variant(whole, variant) for variant in data.get("variants", ()))]

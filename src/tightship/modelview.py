@@ -4,9 +4,10 @@ Names in a `Checkpoint` are the on-disk ones. transformers renames and fuses on 
 3-D parameter), so loading goes through transformers' own conversion and this module keeps the books: every tensor
 that is given must land, and every parameter must have been given.
 
-Arithmetic is float32, attention and experts are the plain ("eager") implementations, dropout is off. That is "the
-original" of docs/contract.md when the weights are the source's, and "the compressed checkpoint" when they are packed
-ones, decoded by `Weight.value()`.
+Arithmetic is float32, attention and experts are the plain ("eager") implementations, dropout is off. (Eager
+attention adds Falcon's ALiBi twice: `Architecture.attention` says where it is not the one.) That is "the original" of
+docs/contract.md when the weights are the source's, and "the compressed checkpoint" when they are packed ones, decoded
+by `Weight.value()`.
 """
 
 from __future__ import annotations
@@ -235,7 +236,7 @@ def load_module(checkpoint: Checkpoint, state: Mapping[str, torch.Tensor]) -> tu
                 config=_config(shared_config(checkpoint.config)),
                 state_dict=dict(state),
                 dtype=torch.float32,
-                attn_implementation="eager",
+                attn_implementation=checkpoint.architecture.attention(checkpoint.config),
                 experts_implementation="eager",
                 output_loading_info=True,
                 **_left_out(checkpoint, state),

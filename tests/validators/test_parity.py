@@ -116,14 +116,6 @@ def test_capture_is_the_last_resort(tiny: Tiny) -> None:
     assert all(j.reason for j in choice.judgements[:-1])
 
 
-def test_alibi_of_falcon_is_refused_by_name(tiny: Tiny) -> None:
-    """transformers' eager attention adds it to the mask and to the scores, so nothing can be held against it."""
-    with pytest.raises(Unsupported, match=r"falcon with alibi = True is not written down here: transformers"):
-        parity.ParityJudge()(
-            (DirectCandidate(),), tiny("falcon").replace(config={**tiny("falcon").config, "alibi": True})
-        )
-
-
 def test_none_left_is_unsupported_with_every_reason(tiny: Tiny) -> None:
     with pytest.raises(Unsupported, match=r"mobius-onnx .*: case .*relative L2"):
         parity.ParityJudge()((MobiusCandidate(),), tiny("mistral"))

@@ -92,7 +92,7 @@ def load(directory: Path, config: dict[str, Any], mode: str) -> PreTrainedModel:
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
-        attn_implementation="eager",
+        attn_implementation=architecture_for(config).attention(config),
         output_loading_info=True,
         **options,
     )
@@ -114,7 +114,10 @@ def _from_decoded(directory: Path, config: dict[str, Any], dtype: Any) -> PreTra
     state = {name: torch.from_numpy(np.ascontiguousarray(files.decoded(name))) for name in files.weights()}
     auto = getattr(transformers, auto_class(config))
     kind = getattr(transformers, (config.get("architectures") or [auto.__name__])[0], auto)
-    options = {"attn_implementation": "eager", "dtype": settings.dtype if dtype == "auto" else dtype}
+    options = {
+        "attn_implementation": architecture_for(config).attention(config),
+        "dtype": settings.dtype if dtype == "auto" else dtype,
+    }
     if config.get("low_rank"):
         return _corrected(
             _factored(kind._from_config(settings, **options), config["low_rank"], state), directory
