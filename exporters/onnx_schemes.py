@@ -23,7 +23,8 @@ Options: `profile: portable`, `layout` (another affine layout for the integers),
 `folder: onnx` (the graph lies in `onnx/`, where transformers.js and sentence-transformers look on a model hub),
 `experts: qmoe` (the experts of a block are one node, where all of them are symmetric integers of 4 bits: faster for
 single tokens, slower for prompts),
-`logits: last` (of a decoder: those of a prompt's last token, unless it is asked for more),
+`logits` (of a decoder; without it model.onnx gives those of every token, and genai.onnx those of a prompt's last one;
+`all`: onnxruntime-genai opens model.onnx, too; `last`: model.onnx gives the last ones, unless it is asked for more),
 `shapes: {batch_size: 1, sequence_length: 128}` (of an encoder; either axis alone, too; open axes take any size).
 """
 

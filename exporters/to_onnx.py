@@ -1,6 +1,8 @@
 """ONNX artifacts: `model.onnx`, `model.onnx_data`, and what each runtime expects beside them.
 
-A model of two stacks becomes `encoder_model.onnx` and `decoder_model_merged.onnx` with one `model.onnx_data` for both.
+A decoder has `genai.onnx` too: the same graph over the same data with logits of the last token alone, which is all that
+onnxruntime-genai reads of a prompt. A model of two stacks becomes `encoder_model.onnx` and
+`decoder_model_merged.onnx` with one `model.onnx_data` for both.
 
 The graph comes from one of the candidates of `onnx_candidates`; which one, a judge decides (validators/parity.py). The
 weights are the checkpoint's own: integers stay the same integers, matrices in f16 and bf16 stay in that type behind a
@@ -21,10 +23,12 @@ from tightship.exporters.onnx_assemble import write_graph
 from tightship.exporters.onnx_candidates import candidates
 from tightship.exporters.onnx_candidates.fused import shares_cache
 from tightship.exporters.onnx_candidates.graph_edits import fix_axes
+from tightship.exporters.onnx_candidates.last_logits import twin_of
 from tightship.exporters.onnx_candidates.packed import packs
 from tightship.exporters.onnx_candidates.skeleton import (
     DECODER,
     DECODER_TASKS,
+    GENAI,
     MAIN,
     SEQ2SEQ,
     Choice,
@@ -113,12 +117,14 @@ class OnnxExporter:
         choice, skeleton = _graph(checkpoint, self.judge, style)
         fix_axes(skeleton.model, fixed_shapes(checkpoint, plan.target))
         cache = cache_of(skeleton)
+        if cache and fits(checkpoint) and "logits" not in plan.target.options:
+            skeleton.twin = twin_of(skeleton)
         main = main_of(checkpoint, plan.target)
         home = (directory / main).parent
         home.mkdir(exist_ok=True)
         written = write_graph(skeleton, checkpoint, home, style, progress=progress)
         _compare(plan, written)
-        write_companions(checkpoint, directory, cache, main)
+        write_companions(checkpoint, directory, cache, main, twin=skeleton.twin is not None)
         details = {"candidates": [judgement.to_json() for judgement in choice.judgements]}
         return Exported(tuple(sorted_files(directory)), main, choice.graph_source, details)
 
@@ -161,14 +167,20 @@ def cache_of(skeleton: Skeleton) -> Cache | None:
     return Cache(heads, size, shared=shares_cache(graph), positions=positions)
 
 
-def write_companions(checkpoint: Checkpoint, directory: Path, cache: Cache | None, main: str = MAIN) -> None:
-    """config.json, tokenizer files, and genai_config.json for decoders that it can describe (those with a cache)."""
+def write_companions(
+    checkpoint: Checkpoint, directory: Path, cache: Cache | None, main: str = MAIN, *, twin: bool = False
+) -> None:
+    """config.json, tokenizer files, and genai_config.json for decoders that it can describe (those with a cache).
+
+    `twin`: genai.onnx lies beside the main file, and is what onnxruntime-genai is told to open.
+    """
     config = dict(checkpoint.config)
     if Path(main).name == MAIN:  # transformers.js finds data by a graph's own name, so not what two graphs share
         config["transformers.js_config"] = {"use_external_data_format": {MAIN: True}}
     files = {**checkpoint.files, "config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
     if cache and fits(checkpoint):
-        files["genai_config.json"] = genai_config(checkpoint, main, cache)
+        opened = Path(main).with_name(GENAI).as_posix() if twin else main
+        files["genai_config.json"] = genai_config(checkpoint, opened, cache)
     for name, data in files.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)

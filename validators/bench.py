@@ -16,7 +16,7 @@ from typing import Any
 from tightship.console import size, table
 from tightship.errors import EnvironmentFailure, UsageError
 from tightship.exporters.gguf_lora import NO_MODELS
-from tightship.exporters.onnx_candidates.skeleton import ENCODER
+from tightship.exporters.onnx_candidates.skeleton import ENCODER, GENAI
 from tightship.progress import Progress, no_progress
 from tightship.target import sorted_files, total_bytes
 from tightship.validators.plots import bars_plot
@@ -189,7 +189,7 @@ def subjects(path: Path) -> list[Subject]:
         if file.suffix == ".gguf" and file.name not in NO_MODELS and not _FURTHER_SHARD.search(file.name):
             shards = sorted(file.parent.glob(file.name.replace("-00001-of-", "-*-of-")))
             found.append(_subject(root, file, file, "llama.cpp", sum(p.stat().st_size for p in shards)))
-        elif file.suffix == ".onnx" and file.name != ENCODER:  # which runs before the graph beside it
+        elif file.suffix == ".onnx" and file.name not in (ENCODER, GENAI):  # each runs with the graph beside it
             described = any((file.parent / name).is_file() for name in ("config.json", "genai_config.json"))
             home = file.parent if described else file.parent.parent
             found.append(_subject(root, home, file, "onnxruntime", _weight(home)))

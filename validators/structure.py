@@ -18,6 +18,7 @@ from tightship.formats.gguf_shards import file_names
 from tightship.formats.packings.modules import PACKINGS
 from tightship.report import Check, judge
 from tightship.target import Exported, TargetPlan, TensorPlan, sorted_files, total_bytes
+from tightship.validators.onnx_twin import twin_faults
 from tightship.validators.stored import Stored
 from tightship.weights import Alias, Sum
 
@@ -184,7 +185,11 @@ def _onnx_config(checkpoint: Checkpoint, directory: Path, path: Path) -> Iterato
             yield None, f"onnx.checker refuses {path.name}: {str(error).splitlines()[0]}"
     genai = directory / "genai_config.json"
     if genai.is_file():
-        yield from _genai_config(json.loads(genai.read_text("utf-8"))["model"], checkpoint, model)
+        config = json.loads(genai.read_text("utf-8"))["model"]
+        yield from _genai_config(config, checkpoint, model)
+        opened = directory / config["decoder"]["filename"]
+        if opened != path:
+            yield from twin_faults(path, opened)
 
 
 def _genai_config(config: Mapping[str, Any], checkpoint: Checkpoint, model: Any) -> Iterator[Fault]:

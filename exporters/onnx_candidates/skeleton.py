@@ -56,6 +56,7 @@ SEQ2SEQ = "text2text-generation"
 IMAGES = "image-classification"
 KEPT = "num_logits_to_keep"  # an input with a default, as transformers.js calls it; see last_logits.py
 MAIN = "model.onnx"
+GENAI = "genai.onnx"  # beside it, over the same data: what onnxruntime-genai runs
 # Two graphs, by the names that optimum and transformers.js look for; theirs is called merged since it takes both the
 # start and single steps.
 ENCODER, DECODER = "encoder_model.onnx", "decoder_model_merged.onnx"
@@ -102,20 +103,21 @@ class Skeleton:
     """A float32 graph whose weights are initializers without data; `feeds` and `stacks` say what each of them is.
 
     Initializers with data (shape constants, rotary tables) are the graph's own. `encoder` is the graph that runs before
-    this one, in models of two.
+    this one, in models of two; `twin` the same graph with logits of the last token alone.
     """
 
     model: ir.Model
     feeds: dict[str, Feed]
     stacks: dict[str, Stack] = field(default_factory=dict)
     encoder: Skeleton | None = None
+    twin: Skeleton | None = None
 
     @property
     def graphs(self) -> dict[str, Skeleton]:
-        """Every graph by the name of its file, in the order in which they run."""
-        if self.encoder is None:
-            return {MAIN: self}
-        return {ENCODER: self.encoder, DECODER: self}
+        """Every graph by the name of its file; of two that run together, in the order in which they do."""
+        if self.encoder is not None:
+            return {ENCODER: self.encoder, DECODER: self}
+        return {MAIN: self} | ({GENAI: self.twin} if self.twin is not None else {})
 
 
 class Candidate(Protocol):

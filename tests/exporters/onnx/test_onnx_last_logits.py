@@ -1,7 +1,11 @@
-"""Decoders that give the logits of the last token: right, and all of them when asked; one row in genai."""
+"""Decoders that give the logits of the last token: right, and all of them when asked; one row in genai.
+
+So does the graph that lies beside one of all logits, whatever the layout of the head.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from tightship.formats.onnx_file import read_onnx
 from tightship.opening import open_checkpoint
 from tightship.target import Target
 from tightship.validators import parity
+from tightship.validators.onnx_twin import twin_faults
 from tightship.validators.parity_model import small_checkpoint
 from tightship.validators.runtimes import genai, onnx_runtime
 
@@ -48,6 +53,33 @@ def test_the_last_token_unless_asked(ember: Checkpoint, lab: Any, scheme: str | 
     tokens = genai.run({**job, "want": "generate", "tokens": 16}, {"input_ids": IDS[:1, :6]})[1]["tokens"][0]
     shipped = onnx_runtime.Graph(onnx_runtime.open_session(directory / "model.onnx", "shipped"))
     np.testing.assert_array_equal(tokens, shipped.greedy(IDS[0, :6], 16))
+
+
+@pytest.mark.parametrize("scheme", [None, "int4", "int4-portable", "int8-dynamic", "fp16-compute"])
+def test_the_twin_that_genai_opens(ember: Checkpoint, lab: Any, scheme: str | None) -> None:
+    """One row, that of transformers; genai computes all of them from the two; the same graph, the same data."""
+    head = {"include": ["embeddings", "head"]} if scheme in ("int4", "int4-portable") else {}
+    directory, plan, exported = lab.build(ember, scheme, folder="onnx", **head)
+    assert (
+        json.loads((directory / "genai_config.json").read_text())["model"]["decoder"]["filename"] == "onnx/genai.onnx"
+    )
+    assert [name for name in exported.files if name.endswith("_data")] == ["onnx/model.onnx_data"]
+    assert exported.main == "onnx/model.onnx"
+    assert [*twin_faults(directory / "onnx/model.onnx", directory / "onnx/genai.onnx")] == []
+    solved = lab.rounded(ember, lab.exporter.layout_for(ember, plan.target))
+    expected = lab.expected(solved, EXAMPLES / "ember", IDS)["logits"]
+    found = lab.run(directory, IDS, main="onnx/genai.onnx")["logits"]
+    assert found.shape == (2, 1, 1024)
+    assert lab.apart(found, expected[:, -1:]) <= (2e-3 if scheme == "fp16-compute" else 1e-5)
+    answer = genai.run({"artifact": str(directory), "main": exported.main}, {"input_ids": IDS})[1]["logits"]
+    assert answer.shape == expected.shape
+    assert lab.apart(answer, expected) <= (1e-5 if scheme is None else 0.05)
+
+
+def test_genai_can_be_told_to_open_the_graph_of_all(ember: Checkpoint, lab: Any) -> None:
+    directory, _, exported = lab.build(ember, logits="all")
+    assert "genai.onnx" not in exported.files
+    assert json.loads((directory / "genai_config.json").read_text())["model"]["decoder"]["filename"] == "model.onnx"
 
 
 def test_what_is_in_the_file(ember: Checkpoint, lab: Any) -> None:
