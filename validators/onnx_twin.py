@@ -65,9 +65,12 @@ def _shape(graph: OnnxGraph, without: onnx.NodeProto | None = None) -> tuple[lis
 
 
 def _same(first: OnnxGraph, second: OnnxGraph, name: str) -> bool:
-    """By the place of the bytes if it is one, otherwise byte by byte."""
+    """By the place of the bytes if it is one, otherwise byte by byte, in the same file."""
     ours, theirs = first.initializers[name], second.initializers[name]
     if ours.SerializeToString(deterministic=True) == theirs.SerializeToString(deterministic=True):
         return True
+    files = [[e.value for e in tensor.external_data if e.key == "location"] for tensor in (ours, theirs)]
+    if files[0] != files[1]:
+        return False
     left, right = first.array(ours), second.array(theirs)
     return left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()

@@ -32,6 +32,11 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 IDS = np.random.default_rng(0).integers(1, 1024, (2, 12))
 
 
+def opened_by_genai(directory: Path) -> str:
+    config = json.loads((directory / "genai_config.json").read_text())
+    return str(config["model"]["decoder"]["filename"])
+
+
 @pytest.mark.parametrize("scheme", [None, "int4"])
 def test_the_last_token_unless_asked(ember: Checkpoint, lab: Any, scheme: str | None) -> None:
     """Without the input: one row, that of transformers. With 0: all rows; with 3: three. In genai: the same text."""
@@ -60,9 +65,7 @@ def test_the_twin_that_genai_opens(ember: Checkpoint, lab: Any, scheme: str | No
     """One row, that of transformers; genai computes all of them from the two; the same graph, the same data."""
     head = {"include": ["embeddings", "head"]} if scheme in ("int4", "int4-portable") else {}
     directory, plan, exported = lab.build(ember, scheme, folder="onnx", **head)
-    assert (
-        json.loads((directory / "genai_config.json").read_text())["model"]["decoder"]["filename"] == "onnx/genai.onnx"
-    )
+    assert opened_by_genai(directory) == "onnx/genai.onnx"
     assert [name for name in exported.files if name.endswith("_data")] == ["onnx/model.onnx_data"]
     assert exported.main == "onnx/model.onnx"
     assert [*twin_faults(directory / "onnx/model.onnx", directory / "onnx/genai.onnx")] == []
@@ -79,7 +82,7 @@ def test_the_twin_that_genai_opens(ember: Checkpoint, lab: Any, scheme: str | No
 def test_genai_can_be_told_to_open_the_graph_of_all(ember: Checkpoint, lab: Any) -> None:
     directory, _, exported = lab.build(ember, logits="all")
     assert "genai.onnx" not in exported.files
-    assert json.loads((directory / "genai_config.json").read_text())["model"]["decoder"]["filename"] == "model.onnx"
+    assert opened_by_genai(directory) == "model.onnx"
 
 
 def test_what_is_in_the_file(ember: Checkpoint, lab: Any) -> None:
