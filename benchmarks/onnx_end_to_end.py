@@ -10,17 +10,20 @@ excluded, to the SHA-256 of every file written. Memory is the peak of the proces
 | artifact            | made by                                                                                    |
 |---------------------|--------------------------------------------------------------------------------------------|
 | ours-fp32, -int4    | `onnx:fp32`, `onnx:int4` with embeddings and head; with the parity check of the graph       |
-| -int4-last          | logits of the last position alone: `logits: last`, the builder's `prune_lm_head`            |
+| -int4-all           | `logits: all`: onnxruntime-genai opens the graph that gives the logits of every position    |
 | ours-fp32-portable  | fp32 without ONNX Runtime's own operators: plain Attention, RMSNormalization, Add           |
+| -fp32-portable-all  | the same with the logits of every position: a plain float32 export                          |
 | ours-int4-portable  | standard operators and INT4 DequantizeLinear                                                |
 | ours-int8-dynamic   | activations rounded by token, standard operators                                            |
 | ours-fp16-compute   | products, attention and cache in float16                                                    |
 | builder-fp32, -int4 | onnxruntime_genai.models.builder, CPU, block size 32, accuracy level 4 (its defaults)       |
+| builder-int4-last   | the same with `prune_lm_head`: logits of the last position alone, as ours are by default    |
 | capture-fp32        | torch.onnx.export(dynamo=True) of transformers' module, written by the same writer          |
 
-Speed is `tightship bench` in onnxruntime-genai, one thread, artifacts taking turns; ratios are medians over rounds of
-processor time within a round, since wall time depends on what else runs. Writes onnx_end_to_end.json and .md. With
-`--scratch` models stay for a later run, and rounds are added to those in the results: it can be run in pieces.
+Speed is `tightship bench` in onnxruntime-genai, one thread, artifacts taking turns in another order each round; ratios
+are medians over rounds of processor time within a round, since wall time depends on what else runs. Writes
+onnx_end_to_end.json and .md. With `--scratch` models stay for a later run, and rounds are added to those in the
+results: it can be run in pieces.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ import hashlib
 import json
 import os
 import platform
+import random
 import shutil
 import statistics
 import subprocess
@@ -44,7 +48,7 @@ from typing import Any
 
 HIDDEN, FFN, HEADS, KV_HEADS, VOCAB = 576, 1536, 9, 3, 49152
 INT4 = {"include": ["embeddings", "head"]}
-LAST = "-last"
+LAST, ALL = "-last", "-all"
 
 
 def make_model(folder: Path, layers: int) -> None:
@@ -90,8 +94,8 @@ def ours(source: str, target: str, scheme: str) -> Callable[[], None]:
     def work() -> None:
         checkpoint, recipe = open_checkpoint(source), Recipe()
         exporter = OnnxExporter(judge=ParityJudge())
-        last = {"logits": "last"} if scheme.endswith(LAST) else {}
-        wanted = Target("onnx", scheme.removesuffix(LAST), (INT4 if scheme.startswith("int") else {}) | last)
+        every = {"logits": "all"} if scheme.endswith(ALL) else {}
+        wanted = Target("onnx", scheme.removesuffix(ALL), (INT4 if scheme.startswith("int") else {}) | every)
         stage = scheme_stage(checkpoint, wanted, exporter, recipe)
         solved = stage.work.apply(checkpoint, Run(threads=1)) if stage else checkpoint
         exporter.export(solved, exporter.plan(solved, for_container(wanted, recipe)), Path(target))
@@ -192,17 +196,16 @@ def speed(artifacts: Path, names: list[str], prompt: int, rounds: int) -> dict[s
     """artifact -> part -> processor seconds a token of each round, the fastest pass."""
     from tightship.validators.bench import Bench, Plan, bench, subjects
 
-    plan = Plan(prompt=prompt, decode=32, rounds=rounds)
+    plan = Plan(prompt=prompt, decode=32, passes=3, rounds=1)
     chosen = [s for s in subjects(artifacts) if s.runtime == "onnxruntime-genai" and s.name in names]
-    result: Bench = bench(artifacts, plan, chosen=chosen)
     found: dict[str, dict[str, list[float]]] = {}
-    for measured in result.measured:
-        parts = {"prefill": prompt, "decode": plan.decode}
-        found[measured.subject.name] = {
-            f"{part}{suffix}": [min(r[f"{part}{suffix}"]) / count for r in measured.rounds]
-            for part, count in parts.items()
-            for suffix in ("", "_cpu")
-        }
+    for _ in range(rounds):
+        result: Bench = bench(artifacts, plan, chosen=random.sample(chosen, len(chosen)))
+        for measured in result.measured:
+            held = found.setdefault(measured.subject.name, {})
+            for part, count in (("prefill", prompt), ("decode", plan.decode)):
+                for suffix in ("", "_cpu"):
+                    held.setdefault(f"{part}{suffix}", []).append(min(measured.rounds[0][f"{part}{suffix}"]) / count)
     return found
 
 
@@ -215,27 +218,27 @@ def ratio(found: dict[str, dict[str, list[float]]], ours_name: str, theirs: str,
 PARTS = ("exports", "speed", "capture")
 PAIRS = (
     ("ours-int4", "builder-int4"),
+    ("ours-int4", "builder-int4-last"),
+    ("ours-int4-all", "builder-int4"),
     ("ours-int4-portable", "builder-int4"),
-    ("ours-int4-last", "builder-int4-last"),
     ("ours-fp32", "builder-fp32"),
     ("ours-fp32", "ours-fp32-portable"),
     ("ours-int4", "ours-fp32-portable"),
-    ("ours-int4-portable", "ours-fp32-portable"),
-    ("ours-int4-last", "ours-fp32-portable"),
-    ("ours-int8-dynamic", "ours-fp32-portable"),
+    *((f"ours-{scheme}", "ours-fp32-portable-all") for scheme in ("fp32", "int4", "int4-portable", "int8-dynamic")),
     ("ours-fp16-compute", "ours-fp32"),
 )
 
-
-MADE = (
-    *(
-        ("ours", scheme)
-        for scheme in ("fp32", "int4", "int4-last", "fp32-portable", "int4-portable", "int8-dynamic", "fp16-compute")
-    ),
-    ("builder", "fp32"),
-    ("builder", "int4"),
-    ("builder", "int4-last"),
+OURS = (
+    "fp32",
+    "int4",
+    "int4-all",
+    "fp32-portable",
+    "fp32-portable-all",
+    "int4-portable",
+    "int8-dynamic",
+    "fp16-compute",
 )
+MADE = (*(("ours", s) for s in OURS), *(("builder", s) for s in ("fp32", "int4", "int4-last")))
 
 
 def run_all(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
