@@ -44,85 +44,85 @@ class Hub:
         return {"id": "org/ember", "_id": "1", "sha": commit, "siblings": siblings, "tags": [], "downloads": 0}
 
 
-def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class Handler(BaseHTTPRequestHandler):
+    """Answers of a model hub; a subclass names it."""
 
-        def do_HEAD(self) -> None:
-            self.answer(body=False)
+    hub: Hub
+    protocol_version = "HTTP/1.1"
 
-        def do_GET(self) -> None:
-            self.answer(body=True)
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
 
-        def answer(self, body: bool) -> None:
-            path = self.path.split("?")[0]
-            hub.seen.append((f"{self.command} {path}", self.headers.get("Range")))
-            parts = path.strip("/").split("/")
-            if parts[0] in hub.status or "/".join(parts[:2]) in hub.status:
-                code, word = hub.status.get(parts[0]) or hub.status["/".join(parts[:2])]
-                self.send(code, b"", {"X-Error-Code": word})
-            elif parts[:3] == ["api", "models", "org"]:
-                revision = parts[5] if len(parts) > 5 else "main"
-                known = {"main": COMMIT, "v1": OLD, COMMIT: COMMIT, OLD: OLD}
-                if parts[3] != "ember":
-                    self.send(404, b"", {"X-Error-Code": "RepoNotFound"})
-                elif revision not in known:
-                    self.send(404, b"", {"X-Error-Code": "RevisionNotFound"})
-                else:
-                    self.send(200, json.dumps(hub.info(known[revision])).encode(), {"Content-Type": "application/json"})
-            elif parts[0] == "cdn":
-                self.file(parts[1], body)
-            elif len(parts) == 5 and parts[2] == "resolve":
-                self.resolve(parts[3], parts[4])
-            else:
-                self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
+    def do_GET(self) -> None:
+        self.answer(body=True)
 
-        def resolve(self, commit: str, name: str) -> None:
-            data = hub.files[name]
-            headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
-            if name.endswith(".safetensors"):  # large files live elsewhere
-                headers |= {"X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Linked-Size": str(len(data))}
-                self.send(
-                    302, b"", {**headers, "Location": f"http://localhost:{self.server.server_address[1]}/cdn/{name}"}
-                )
-            else:
-                self.send(200, data, headers)
+    def answer(self, body: bool) -> None:
+        path = self.path.split("?")[0]
+        self.hub.seen.append((f"{self.command} {path}", self.headers.get("Range")))
+        parts = path.strip("/").split("/")
+        if parts[0] in self.hub.status or "/".join(parts[:2]) in self.hub.status:
+            code, word = self.hub.status.get(parts[0]) or self.hub.status["/".join(parts[:2])]
+            self.send(code, b"", {"X-Error-Code": word})
+        elif parts[:3] == ["api", "models", "org"]:
+            self.describe(parts[3], parts[5] if len(parts) > 5 else "main")
+        elif parts[0] == "cdn":
+            self.file(parts[1], body)
+        elif len(parts) == 5 and parts[2] == "resolve":
+            self.resolve(parts[3], parts[4])
+        else:
+            self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
 
-        def file(self, name: str, body: bool) -> None:
-            data = hub.files[name]
-            wanted = self.headers.get("Range")
-            start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
-            self.send_response(206 if wanted else 200)
-            self.send_header("Content-Length", str(len(data) - start))
-            if wanted:
-                self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-            self.end_headers()
-            cuts = hub.broken.get(name, [])
-            part = data[start:] if not cuts else data[start : start + cuts.pop(0)]
-            if body:
-                self.wfile.write(part)
-            if len(part) < len(data) - start:
-                self.close_connection = True
+    def describe(self, model: str, revision: str) -> None:
+        known = {"main": COMMIT, "v1": OLD, COMMIT: COMMIT, OLD: OLD}
+        if model != "ember":
+            self.send(404, b"", {"X-Error-Code": "RepoNotFound"})
+        elif revision not in known:
+            self.send(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        else:
+            self.send(200, json.dumps(self.hub.info(known[revision])).encode(), {"Content-Type": "application/json"})
 
-        def send(self, code: int, data: bytes, headers: dict[str, str]) -> None:
-            self.send_response(code)
-            for key, value in headers.items():
-                self.send_header(key, value)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(data)
+    def resolve(self, commit: str, name: str) -> None:
+        data = self.hub.files[name]
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
+        if name.endswith(".safetensors"):  # large files live elsewhere
+            headers |= {"X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Linked-Size": str(len(data))}
+            self.send(302, b"", {**headers, "Location": f"http://localhost:{self.server.server_address[1]}/cdn/{name}"})
+        else:
+            self.send(200, data, headers)
 
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
+    def file(self, name: str, body: bool) -> None:
+        data = self.hub.files[name]
+        wanted = self.headers.get("Range")
+        start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(len(data) - start))
+        if wanted:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.end_headers()
+        cuts = self.hub.broken.get(name, [])
+        part = data[start:] if not cuts else data[start : start + cuts.pop(0)]
+        if body:
+            self.wfile.write(part)
+        if len(part) < len(data) - start:
+            self.close_connection = True
 
-    return Handler
+    def send(self, code: int, data: bytes, headers: dict[str, str]) -> None:
+        self.send_response(code)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     state = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(state))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": state}))
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
