@@ -237,7 +237,7 @@ def test_planned_bytes_are_the_files(main_job: Any) -> None:
     planned = {t.plan.target.id: t.plan for t in tightship.plan(EMBER, quantize="int4", to=to).targets}
     main = {"gguf": "gguf/ember.gguf", "onnx": "onnx/model.onnx_data", "safetensors": "safetensors/model.safetensors"}
     sizes = {name: (main_job.output / path).stat().st_size for name, path in main.items()}
-    sizes["onnx"] += (main_job.output / "onnx/model.onnx").stat().st_size
+    sizes["onnx"] += sum((main_job.output / f"onnx/{name}.onnx").stat().st_size for name in ("model", "genai"))
     for name, plan in planned.items():
         beyond = main_job.checks[f"{name}/reader/structure/bytes_beyond_plan"]
         assert sizes[name] - plan.file_bytes == beyond["value"], name
@@ -268,7 +268,7 @@ def test_verify_finds_a_flipped_bit_anywhere_and_a_file_too_many(main_job: Any, 
     copy = tmp_path / "out"
     shutil.copytree(main_job.output, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
-    assert tightship.verify(copy).files == len(manifest["files"]) == 14
+    assert tightship.verify(copy).files == len(manifest["files"]) == 15
     rng = np.random.default_rng(0)
     for entry in manifest["files"]:
         path = copy / entry["path"]
