@@ -1,14 +1,16 @@
 """Another source's graph with ONNX Runtime's own attention put in; judged like every other candidate.
 
-| pattern                           | check                              | rewritten to        |
-|-----------------------------------|------------------------------------|---------------------|
-| Attention with a mask and a cache | keys and values have one head size | GroupQueryAttention |
+| pattern                                | check                              | rewritten to                     |
+|----------------------------------------|------------------------------------|----------------------------------|
+| Attention with a mask and a cache      | keys and values have one head size | GroupQueryAttention              |
+| the same with sinks, see cached.py     | the same                           | GroupQueryAttention, `head_sink` |
 
 GroupQueryAttention appends to the cache in place where the client gives past and present one buffer; that is what makes
 it faster at long contexts. By itself it is wrong for padded batches: it takes a row's length for its number of unmasked
 tokens, counted from the left. So the mask stays what it was and goes in as `attention_bias`, every row is said to be as
 long as the longest (`seqlens_k` = total - 1), and positions are applied before it (`do_rotary` = 0) or by place: exact
-for padding on either side. Windows are in the mask. Definition: ContribOperators.md of ONNX Runtime.
+for padding on either side. Windows are in the mask. Sinks are no longer keys that caches are padded for
+(`benchmarks/onnx_sinks.py`). Definition: ContribOperators.md of ONNX Runtime.
 
 SkipSimplifiedLayerNormalization is left out: its kernel takes one and a half times as long as Add and RMSNormalization
 (`benchmarks/onnx_norms.py`). One product for queries, keys and values: packed.py.
@@ -23,7 +25,8 @@ import numpy as np
 
 from tightship.architecture import Architecture
 from tightship.errors import Unsupported
-from tightship.exporters.onnx_candidates.graph_edits import constant
+from tightship.exporters.onnx_candidates.cached import Cached, cached
+from tightship.exporters.onnx_candidates.graph_edits import constant, remove_unused
 from tightship.exporters.onnx_candidates.packed import pack_attention
 from tightship.exporters.onnx_candidates.skeleton import DECODER_TASKS, Candidate, Skeleton
 
@@ -32,8 +35,8 @@ if TYPE_CHECKING:
 
 CONTRIB = "com.microsoft"
 _INT32 = 6
-_CACHED_INPUTS = 6  # query, key, value, mask, past key, past value
-_HEADS = {"num_heads": "q", "kv_num_heads": "kv"}
+_KEPT = ("scale", "softcap")
+_KNOWN = {*_KEPT, "q_num_heads", "kv_num_heads"}
 
 
 class FusedCandidate:
@@ -62,6 +65,7 @@ class FusedCandidate:
         if not fused:
             raise Unsupported("there is no attention with a cache to fuse")
         graph.opset_imports[CONTRIB] = 1
+        remove_unused(skeleton.model)
         if self.packed:
             pack_attention(skeleton.model, int(architecture.hyper(config)["context"]))
         return skeleton
@@ -75,30 +79,26 @@ def shares_cache(graph: ir.Graph) -> bool:
 
 def fuse_attention(graph: ir.Graph) -> int:
     """Attention to GroupQueryAttention; all of them or, where one does not fit, none. How many there were."""
-    found = [node for node in graph if node.op_type == "Attention" and not node.domain]
-    if not found or not all(_fits(node) for node in found):
+    nodes = [node for node in graph if node.op_type == "Attention" and not node.domain]
+    found = [attention for node in nodes if (attention := cached(node)) is not None and _fits(node, attention)]
+    if not found or len(found) < len(nodes):
         return 0
     last, total = _lengths(graph)
-    for node in found:
-        query, key, value, mask, *past = node.inputs
-        keep = {"scale": node.attributes["scale"].as_float(), "do_rotary": 0}
-        if "softcap" in node.attributes:
-            keep["softcap"] = node.attributes["softcap"].as_float()
-        heads = {name: node.attributes[f"{short}_num_heads"].as_int() for name, short in _HEADS.items()}
-        inputs = [query, key, value, *past, last, total, None, None, None, mask]
-        grouped = _contrib("GroupQueryAttention", inputs, {**heads, **keep}, len(node.outputs))
-        _replace(graph, [node], grouped, dict(enumerate(node.outputs)))
+    for node, attention in zip(nodes, found, strict=True):
+        *operands, mask = attention.inputs
+        sinks = [] if attention.sinks is None else [attention.sinks]
+        inputs = [*operands, last, total, None, None, None, mask, *sinks]
+        keep = {name: node.attributes[name].as_float() for name in _KEPT if name in node.attributes}
+        heads = dict(zip(("num_heads", "kv_num_heads"), attention.heads, strict=True))
+        grouped = _contrib("GroupQueryAttention", inputs, {**heads, **keep, "do_rotary": 0}, len(attention.outputs))
+        _replace(graph, attention.nodes, grouped, dict(enumerate(attention.outputs)))
     return len(found)
 
 
-def _fits(node: ir.Node) -> bool:
-    """A mask of floats, a cache, heads of one size for keys and values, and nothing that the kernel does not have."""
-    given = [value is not None for value in node.inputs]
-    known = {"scale", "softcap", "q_num_heads", "kv_num_heads"}
-    if given != [True] * _CACHED_INPUTS or len(node.outputs) != 3 or not {*node.attributes} <= known:
-        return False
-    past = [value.shape[3] for value in node.inputs[4:] if value is not None and value.shape is not None]
-    return len(past) == 2 and past[0] == past[1]
+def _fits(node: ir.Node, attention: Cached) -> bool:
+    """Heads of one size for keys and values, and nothing that the kernel does not have."""
+    past = [value.shape[3] for value in attention.inputs[3:5] if value.shape is not None]
+    return {*node.attributes} <= _KNOWN and len(past) == 2 and past[0] == past[1]
 
 
 def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:

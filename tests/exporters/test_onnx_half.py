@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto
 from transformers import GptOssConfig, GptOssForCausalLM
 
@@ -90,13 +91,38 @@ def test_an_encoder_and_its_decoder_in_float16(tiny: Tiny, tmp_path: Path, famil
     assert {v.type.tensor_type.elem_type for v in caches} == {TensorProto.FLOAT16}
 
 
-def test_a_cache_that_more_than_attention_reads_is_refused(tmp_path: Path) -> None:
-    """gpt-oss pads keys and values with a sink."""
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
-    GptOssForCausalLM(GptOssConfig(**sizes, **heads)).save_pretrained(tmp_path / "in")
+    torch.manual_seed(0)
+    model, folder = GptOssForCausalLM(GptOssConfig(**sizes, **heads)), tmp_path_factory.mktemp("gpt-oss")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    model.save_pretrained(folder)
+    return halved(open_checkpoint(folder))
+
+
+def test_a_cache_that_more_than_attention_reads_is_refused(gpt_oss: Checkpoint, tmp_path: Path) -> None:
+    """gpt-oss with standard operators pads keys and values with a sink."""
     with pytest.raises(Unsupported, match="caches of plain attention"):
-        written(halved(open_checkpoint(tmp_path / "in")), tmp_path, "fp16-compute-portable")
+        written(gpt_oss, tmp_path, "fp16-compute-portable")
+
+
+def test_sinks_in_half(gpt_oss: Checkpoint, tmp_path: Path) -> None:
+    """GroupQueryAttention takes them in the type of the queries."""
+    ids = np.random.default_rng(0).integers(5, 96, (2, 12))
+    mask = np.ones_like(ids)
+    mask[0, :5] = 0
+    expected = ModelView(gpt_oss).outputs(ids, mask)["logits"]
+    graph = written(gpt_oss, tmp_path, "fp16-compute")
+    arrays = {"input_ids": ids, "attention_mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)}
+    kept = mask.astype(bool)
+    for found in (graph.outputs(arrays), graph.decode(arrays, 9)):
+        assert relative_l2(found["logits"][kept], expected[kept]) <= LIMIT
+    nodes = onnx.load(tmp_path / MAIN, load_external_data=False).graph.node
+    assert [node.op_type for node in nodes if "Attention" in node.op_type] == ["GroupQueryAttention"] * 2
 
 
 def test_what_is_computed_in_which_type(tiny: Tiny, tmp_path: Path) -> None:

@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import GptOssConfig
 
-from tightship.checkpoint import Checkpoint
+from tightship.architecture import architecture_for
+from tightship.checkpoint import Checkpoint, Source
 from tightship.errors import Unsupported
 from tightship.exporters.onnx_candidates.direct import DirectCandidate
 from tightship.exporters.onnx_candidates.fused import FusedCandidate, shares_cache
 from tightship.exporters.onnx_candidates.skeleton import Skeleton
 from tightship.validators import parity
 from tightship.validators.parity_model import small_checkpoint
+from tightship.weights import Dense
 
 Tiny = Callable[[str], Checkpoint]
 LIMIT = 1e-5
@@ -55,6 +58,45 @@ def test_packed_graphs_are_right(tiny: Tiny, family: str, packed: int, rotated: 
     assert sum(node.inputs[1] is None for node in attention) == packed
     assert sum(node.inputs[7] is not None for node in attention) == rotated
     assert ("position_ids" in [value.name for value in graph.inputs]) == (not rotated)
+
+
+@pytest.fixture(scope="module")
+def gpt_oss() -> Checkpoint:
+    """Windows in every other layer, YaRN, biases."""
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    resolved = GptOssConfig(vocab_size=96, hidden_size=64, intermediate_size=32, num_hidden_layers=2, **sizes)
+    config = {**resolved.to_dict(), "architectures": ["GptOssForCausalLM"]}
+    architecture = architecture_for(config)
+    weights = {name: Dense.of(np.zeros(i.shape, np.float32)) for name, i in architecture.lookup(config).items()}
+    return small_checkpoint(Checkpoint("gpt-oss", config, weights, {}, architecture, Source("random", None, ())))
+
+
+@pytest.mark.parametrize("candidate", [FUSED, PACKED])
+def test_sinks_go_into_the_operator(gpt_oss: Checkpoint, candidate: FusedCandidate) -> None:
+    found = parity.judge_candidate(candidate, gpt_oss, parity.references(gpt_oss))
+    assert found.passed, found.reason
+    assert found.margin <= LIMIT
+    graph = built(candidate, gpt_oss).model.graph
+    attention = [node for node in graph if node.op_type == "GroupQueryAttention"]
+    names = [node.inputs[11].name for node in attention]
+    assert names == [f"model.layers.{block}.self_attn.sinks" for block in range(int(gpt_oss.hyper["layers"]))]
+    assert {"Attention", "Pad"}.isdisjoint(node.op_type for node in graph)
+    assert shares_cache(graph)
+
+
+class Sinkless(FusedCandidate):
+    def build(self, *arguments: Any) -> Skeleton:
+        skeleton = super().build(*arguments)
+        for node in skeleton.model.graph:
+            if node.op_type == "GroupQueryAttention":
+                node.replace_input_with(11, None)
+        return skeleton
+
+
+def test_forgotten_sinks_are_found_out(gpt_oss: Checkpoint) -> None:
+    found = parity.judge_candidate(Sinkless(DirectCandidate()), gpt_oss, parity.references(gpt_oss))
+    assert not found.passed
+    assert all(value > 1e-3 for name, value in found.cases)
 
 
 class AsBuildersDo(FusedCandidate):
