@@ -176,11 +176,7 @@ FAMILIES = {
         must=(("apply_residual_connection_post_layernorm", False, "sums go around norms here"),),
     ),
     "opt": Family(position_offset=2, post_norm="do_layer_norm_before"),
-    "falcon": Family(
-        parallel="parallel_attn",
-        fused="groups",
-        alibi="scaled",
-    ),
+    "falcon": Family(parallel="parallel_attn", fused="groups", alibi="scaled"),
     "mpt": Family(alibi="indexed", norm="layer", must=(("no_bias", True, "there are no biases here"),)),
     "olmo": Family(norm="layer", bare_norms=True),
     "smollm3": Family(rotated="no_rope_layers"),
