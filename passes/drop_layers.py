@@ -20,7 +20,7 @@ from tightship.per_layer import KEY, has_unlike_layers
 from tightship.weights import Alias, Weight
 
 _ONE_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
-_LAYER_NUMBERS = ("mlp_only_layers", "attn_layer_indices")
+_LAYER_NUMBERS = ("mlp_only_layers", "attn_layer_indices", "full_attn_idxs")
 # key -> values under which every layer is of one kind
 _BY_POSITION: dict[str, tuple[Any, ...]] = {
     "sliding_window_pattern": (None, 1),

@@ -90,6 +90,7 @@ def small_config(real: Checkpoint) -> dict[str, Any]:
         "grouped_kv_heads": small_kv,
         "head_dim": 2 * HEAD_DIM if wide else HEAD_DIM,
         "ffn": FFN,
+        "given_ffn": FFN,
         "expert_ffn": FFN // 2,
         "shared_ffn": FFN // 2,
         "inner": 2 * HIDDEN,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tightship.exporters.onnx_candidates.attention import Sight, attention
+from tightship.exporters.onnx_candidates.convolution import short_convolution
 from tightship.exporters.onnx_candidates.embeddings import embedded, has_places
 from tightship.exporters.onnx_candidates.feed_forward import feed_forward
 from tightship.exporters.onnx_candidates.latent_attention import latent_attention
@@ -22,6 +23,7 @@ from tightship.exporters.onnx_candidates.state_space import state_space
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+_RECURRENT = ("conv", "linear_attention")  # those that keep a state of fixed size
 _LOCAL = ("sliding_attention", "local")  # words for layers that see a window
 
 
@@ -49,12 +51,10 @@ def _positions(net: Network) -> ir.Value:
 def _sights(net: Network, ids: ir.Value, mask: ir.Value) -> list[Sight]:
     """What each block sees."""
     layers = int(net.hyper["layers"])
-    if net.architecture.recurrent:
-        return [Sight(None, cache="", kept=kept_tokens(net, ids, mask))] * layers
     window = net.option("sliding_window") or net.option("window_size")
     types = net.option("layer_types") or net.option("attention_layers")
     types = list(types or ["sliding_attention" if window else "full_attention"] * layers)[:layers]
-    kinds = list(dict.fromkeys(types))
+    kinds = [kind for kind in dict.fromkeys(types) if kind not in _RECURRENT]
     masks = {kind: causal_mask(net, ids, mask, window if kind in _LOCAL else None) for kind in kinds}
     if net.family.alibi and net.option("alibi", True):
         bias = alibi(net, mask, int(net.hyper["heads"]))
@@ -63,8 +63,9 @@ def _sights(net: Network, ids: ir.Value, mask: ir.Value) -> list[Sight]:
     turns: dict[str, Turn] = {}
     if not has_places(net):
         turns = {kind: rotation(net, _positions(net), kind) for kind in kinds}
+    kept = kept_tokens(net, ids, mask) if len(kinds) < len({*types}) else None
     return [
-        Sight(masks[kind], turns.get(kind) if _rotates(net, block, kind) else None, cache="")
+        Sight(masks.get(kind), turns.get(kind) if _rotates(net, block, kind) else None, cache="", kept=kept)
         for block, kind in enumerate(types)
     ]
 
@@ -95,6 +96,8 @@ def _block(net: Network, block: int, x: ir.Value, sight: Sight) -> ir.Value:
 
 
 def _attended(net: Network, block: int, x: ir.Value, sight: Sight) -> ir.Value:
+    if net.has(block, "shortconv_inproj"):
+        return short_convolution(net, block, x, sight)
     latent = net.has(block, "attn_kv_a_mqa")
     return latent_attention(net, block, x, sight) if latent else attention(net, block, x, sight)
 

@@ -183,6 +183,7 @@ FAMILIES = {
     "glm4": Family(interleaved=True),
     "mamba": Family(),
     "falcon_mamba": Family(),
+    "lfm2": Family(activation="silu"),
     "arcee": Family(),
     "ernie4_5": Family(interleaved=True),
     "olmo3": Family(),

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tightship.exporters.onnx_candidates.attention import Sight
+from tightship.exporters.onnx_candidates.convolution import causal_convolution
 from tightship.exporters.onnx_candidates.graph_builder import FLOAT, GraphBuilder
 from tightship.exporters.onnx_candidates.network import Network
 from tightship.exporters.onnx_candidates.skeleton import BATCH, SEQUENCE
@@ -27,7 +28,7 @@ def state_space(net: Network, block: int, x: ir.Value, sight: Sight) -> ir.Value
     inner, state, rank = (int(net.hyper[key]) for key in ("inner", "state", "dt_rank"))
     both = net.linear(net.op("Mul", x, sight.kept), block, "ssm_in")
     fed, gate = net.ops("Split", both, outputs=2, axis=2, num_outputs=2)
-    fed = net.op("Mul", net.activation(causal_convolution(net, block, fed, inner)), sight.kept)
+    fed = net.op("Mul", net.activation(causal_convolution(net, block, fed, ("ssm_conv1d", inner))), sight.kept)
     chosen = net.linear(net.shaped(fed, (BATCH, SEQUENCE, inner)), block, "ssm_x")
     parts = net.ops("Split", chosen, net.integers(rank, state, state), outputs=3, axis=2)
     if "mixer_eps" in net.hyper:  # FalconMamba norms each of them, without parameters
@@ -42,18 +43,6 @@ def state_space(net: Network, block: int, x: ir.Value, sight: Sight) -> ir.Value
     y = net.op("Add", y, net.op("Mul", fed, net.parameter(block, "ssm_d")))
     y = net.op("Mul", y, net.activation(gate))
     return net.linear(net.shaped(y, (BATCH, SEQUENCE, inner)), block, "ssm_out")
-
-
-def causal_convolution(net: Network, block: int, x: ir.Value, channels: int) -> ir.Value:
-    """Each channel of (batch, sequence, channels) with itself and its past, through a kernel and a bias of its own."""
-    reach = int(net.hyper["kernel"]) - 1
-    by_channel = net.op("Transpose", x, perm=[0, 2, 1])
-    whole = net.op("Concat", net.state(block, "conv", (channels, reach)), by_channel, axis=2)
-    end = net.op("Shape", whole, start=2, end=3)
-    last = net.op("Slice", whole, net.op("Sub", end, net.integers(reach)), end, net.integers(2))
-    net.keep_state(block, "conv", last, (channels, reach))
-    y = net.op("Conv", whole, *net.parameters(block, "ssm_conv1d"), group=channels)
-    return net.op("Transpose", y, perm=[0, 2, 1])
 
 
 def selective_scan(

@@ -41,6 +41,7 @@ class TensorRule:
         transform: what GGUF wants done, a word the GGUF exporter knows (`rope_permute_q`, `plus_one`, ...).
         when: config keys and the values under which the tensor exists; a key that is not in the config has value None.
         unless: the same, for values under which it does not.
+        layers: a hyper-parameter that is 1 for blocks that have it: a list, or one number for all; `!` turns it round.
         blocks: the first block that has it and the first after it, as expressions; every block where left out.
     """
 
@@ -54,6 +55,7 @@ class TensorRule:
     transform: str | None = None
     when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     unless: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    layers: str | None = None
     blocks: tuple[str, str] = ("0", "layers")
 
 
@@ -95,8 +97,8 @@ class Architecture:
 
     @property
     def recurrent(self) -> bool:
-        """Whether blocks keep a state of fixed size where others keep keys and values."""
-        return any(rule.role == "ssm_conv1d" for rule in self.tensors)
+        """Whether blocks, or some of them, keep a state of fixed size where others keep keys and values."""
+        return any(rule.role in {"ssm_conv1d", "shortconv_conv"} for rule in self.tensors)
 
     def hyper(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Canonical hyper-parameters of a concrete config.json.
@@ -137,7 +139,7 @@ class Architecture:
             if not holds(rule.when, config) or (rule.unless and holds(rule.unless, config)):
                 continue
             whole = shape_of(rule, hyper)
-            blocks = range(*(int(literal(end, hyper)) for end in rule.blocks)) if "{i}" in rule.disk else [None]
+            blocks = _blocks(rule, hyper) if "{i}" in rule.disk else [None]
             experts = range(int(hyper.get("experts", 0))) if "{e}" in rule.disk else [None]
             for block in blocks:
                 shape = shape_of(rule, own[block]) if block in own else whole
@@ -200,6 +202,23 @@ class Architecture:
         if "equals" in rule:
             return bool(value == literal(rule["equals"], self.hyper(config)))
         return value not in rule.get("refused", ()) and ("allowed" not in rule or value in rule["allowed"])
+
+
+def _blocks(rule: TensorRule, hyper: Mapping[str, Any]) -> list[int]:
+    """The blocks that have the rule's tensor.
+
+    Raises:
+        Malformed: the config tells layers apart, and does not speak of all.
+    """
+    blocks = range(*(int(literal(end, hyper)) for end in rule.blocks))
+    if rule.layers is None:
+        return list(blocks)
+    marks, wanted = hyper[rule.layers.removeprefix("!")], not rule.layers.startswith("!")
+    if not isinstance(marks, list):
+        marks = [marks] * blocks.stop
+    if len(marks) < blocks.stop:
+        raise Malformed(f"config.json tells the kind of {len(marks)} layers, and the model has {blocks.stop}")
+    return [i for i in blocks if bool(marks[i]) == wanted]
 
 
 def shape_of(rule: TensorRule, hyper: Mapping[str, Any]) -> tuple[int, ...]:

@@ -7,10 +7,12 @@
 | `#key`               | number of entries under the key                                  |
 | `key==word`          | list of 1 and 0, whether each entry of the key's list is `word`  |
 | `#key==word`         | number of entries that are `word`                                |
+| `@key`               | list of 1 and 0, whether the key's list has the layer's number   |
 | `=expression`        | computed from what was already found                             |
 | a number             | itself                                                           |
 | `none`               | None                                                             |
 | any of them`?key`    | only if the config's key is true                                 |
+| any of them`?!key`   | only if the config's key is there and false                      |
 """
 
 from __future__ import annotations
@@ -33,21 +35,29 @@ def alternative(option: str | float, config: Mapping[str, Any], found: Mapping[s
     if not isinstance(option, str):
         return option
     option, _, condition = option.partition("?")
-    option, by_layer, _ = option.partition("[]")
-    if option == "none" or (condition and not dig(config, condition)):
+    if option == "none" or (condition and not _applies(condition, config)):
         return None
     if option.startswith("="):
         return literal(option[1:], found)
-    key, _, word = option.removeprefix("#").partition("==")
+    option, by_layer, _ = option.partition("[]")
+    key, _, word = option.lstrip("#@").partition("==")
     value = dig(config, key)
     if value is None:
         return None
-    if word:
-        marks = [int(entry == word) for entry in value]
-        return sum(marks) if option.startswith("#") else marks
-    if by_layer and isinstance(value, list):
+    if option.startswith("@"):
+        value = [int(layer in value) for layer in range(int(found["layers"]))]
+    elif word:
+        value = [int(entry == word) for entry in value]
+    elif by_layer and isinstance(value, list):
         value = _only(value, key)
-    return len(value) if option.startswith("#") else value
+    if option.startswith("#"):
+        return sum(value) if word else len(value)
+    return value
+
+
+def _applies(condition: str, config: Mapping[str, Any]) -> bool:
+    said = dig(config, condition.removeprefix("!"))
+    return said is not None and bool(said) != condition.startswith("!")
 
 
 def _only(values: list[Any], key: str) -> Any:

@@ -36,6 +36,7 @@ LATENT |= {"num_key_value_heads": 4, "first_k_dense_replace": 1, "n_group": 2, "
 GLM_MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
 GLM_MOE |= {"pad_token_id": 0, "head_dim": 16}
 PHI_MOE = {"num_local_experts": 3, "num_experts_per_tok": 2}
+LFM_PLAIN = {"block_auto_adjust_ff_dim": False, "tie_word_embeddings": False}
 HUNYUAN_MOE = {"head_dim": 16, "num_experts": 3, "moe_topk": [2, 2]}
 ENDS = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}
 T5 = {"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
@@ -131,6 +132,9 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("Jais2Config", "Jais2ForCausalLM", {**DECODER, "head_dim": 16, **ENDS}),
     ("Glm4MoeLiteConfig", "Glm4MoeLiteForCausalLM", {**DECODER, **LATENT}),
     ("Glm4MoeLiteConfig", "Glm4MoeLiteForCausalLM", {**DECODER, **LATENT, "q_lora_rank": None, "num_hidden_layers": 3}),
+    ("Lfm2Config", "Lfm2ForCausalLM", {**DECODER, "layer_types": ["conv", "full_attention"]}),
+    ("Lfm2Config", "Lfm2ForCausalLM", {**DECODER, "full_attn_idxs": [1], "conv_bias": True, **LFM_PLAIN}),
+    ("Lfm2Config", "Lfm2ForCausalLM", {**DECODER, "intermediate_size": 400}),
     ("MambaConfig", "MambaForCausalLM", MAMBA),
     ("MambaConfig", "MambaForCausalLM", {**MAMBA, "use_bias": True, "tie_word_embeddings": False}),
     ("T5Config", "T5ForConditionalGeneration", T5),
@@ -297,6 +301,23 @@ def test_a_number_may_be_repeated_a_layer() -> None:
     assert alternative("moe_topk[]", {}, {}) is None
     with pytest.raises(Unsupported, match="differs by layer"):
         alternative("moe_topk[]", {"moe_topk": [1, 2]}, {})
+
+
+def test_the_blocks_that_have_a_tensor() -> None:
+    """LFM2 as published: kinds by number, MLPs two thirds as wide as said, up to the next multiple of 256."""
+    sizes = {"num_hidden_layers": 4, "hidden_size": 1024, "num_attention_heads": 16, "vocab_size": 96, "norm_eps": 1e-5}
+    config = {"model_type": "lfm2", **sizes, "max_position_embeddings": 64, "conv_L_cache": 3, "block_ff_dim": 6656}
+    config |= {"full_attn_idxs": [2, 5], "block_auto_adjust_ff_dim": True, "tie_embedding": True}
+    architecture = architecture_for(config)
+    held = {(info.rule.role, info.block) for info in architecture.expected(config)}
+    assert [i for i in range(4) if ("attn_q", i) in held] == [2]
+    assert [i for i in range(4) if ("shortconv_conv", i) in held] == [0, 1, 3]
+    assert architecture.hyper(config)["ffn"] == 4608
+    assert architecture.hyper({**config, "block_auto_adjust_ff_dim": False})["ffn"] == 6656
+    everywhere = {key: value for key, value in config.items() if key != "full_attn_idxs"}
+    assert not any(info.rule.role == "shortconv_conv" for info in architecture.expected(everywhere))
+    with pytest.raises(Malformed, match="tells the kind of 1 layers"):
+        architecture.lookup({**config, "layer_types": ["conv"]})
 
 
 def test_a_config_without_a_needed_key_is_exit_5() -> None:

@@ -29,13 +29,14 @@ STEPS, PROMPT = 64, 6
 LENGTHS = {"one": [6], "left": [6, 4, 5, 2], "right": [6, 4, 5, 2]}  # of the prompts
 STEPPED = ("MistralForCausalLM", "Gemma3ForCausalLM", "GPT2LMHeadModel", "BloomForCausalLM", "MptForCausalLM")
 STEPPED += ("MixtralForCausalLM", "GptOssForCausalLM", "DeepseekV3ForCausalLM", "MambaForCausalLM")
-STEPPED += ("HunYuanMoEV1ForCausalLM", "PhimoeForCausalLM", "FalconForCausalLM: ALiBi in bfloat16")
+STEPPED += ("HunYuanMoEV1ForCausalLM", "PhimoeForCausalLM", "Lfm2ForCausalLM", "FalconForCausalLM: ALiBi in bfloat16")
 TWO_STACKS = ("T5ForConditionalGeneration", "BartForConditionalGeneration", "MarianMTModel")
 # Kinds of model, and the biases of keys that no output can show.
 SEEN: dict[str, tuple[str, ...]] = {
     "GptOssForCausalLM": (),
     "DeepseekV3ForCausalLM": (),
     "MambaForCausalLM": (),
+    "Lfm2ForCausalLM": (),
     "DebertaV2ForMaskedLM": (),
     "LongformerForMaskedLM": ("key.bias", "key_global.bias"),
     "ViTForImageClassification": ("key.bias",),
