@@ -122,10 +122,13 @@ def find_numbers(module: Any, names: Mapping[int, str], ignored: Iterable[str] =
 
 def _regions(parameter: str, tensor: torch.Tensor) -> list[tuple[int, tuple[int | slice, ...], bool]]:
     if tensor.dim() == 3:
+        experts = [_regions(f"{parameter}[{expert}]", tensor[expert]) for expert in range(tensor.shape[0])]
+        if len(experts) > 1 and all(regions == experts[0] for regions in experts):  # stored so: a kernel, a stack
+            return [(number, (slice(None), *index), turned) for number, index, turned in experts[0]]
         return [
             (number, (expert, *index), turned)
-            for expert in range(tensor.shape[0])
-            for number, index, turned in _regions(f"{parameter}[{expert}]", tensor[expert])
+            for expert, regions in enumerate(experts)
+            for number, index, turned in regions
         ]
     numbers = tensor.floor()
     if tensor.dim() < 2:

@@ -29,9 +29,10 @@ def test_whole_turned_fused_and_stacked_tensors() -> None:
         stacked=torch.stack([torch.cat([n[5], n[6]]), torch.cat([n[7], n[1] + 7])]),
         vector=numbered((6,), 9),
         scalar=numbered((), 10),
+        kernel=numbered((4, 1, 3), 11).clone(),
         other=torch.full((2, 2), 99.0),
     )
-    found = find_numbers(module, {number: f"t{number}" for number in [*range(1, 11)]})
+    found = find_numbers(module, {number: f"t{number}" for number in [*range(1, 12)]})
     assert found == {
         "t1": Address("plain"),
         "t2": Address("fused", (slice(0, 4),)),
@@ -43,7 +44,9 @@ def test_whole_turned_fused_and_stacked_tensors() -> None:
         "t8": Address("stacked", (1, slice(3, 6))),
         "t9": Address("vector"),
         "t10": Address("scalar"),
+        "t11": Address("kernel", (slice(None),)),
     }
+    assert found["t11"].view(module).shape == (4, 1, 3)
     assert found["t6"].factor == ("stacked", 0)
     assert found["t3"].factor == ("fused", None)
     for number in (1, 2, 4, 6):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ from tightship.blocks import BlockWalk, walk_blocks
 from tightship.checkpoint import Checkpoint
 from tightship.errors import Malformed
 from tightship.modelview import ModelView
+from tightship.opening import open_checkpoint
 from tightship.weights import Alias, Dense
 
 torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 Tiny = Callable[[str], Checkpoint]
 
@@ -52,7 +55,19 @@ class Notes:
 
 
 def test_observed_inputs_are_those_of_the_whole_model(family: str, tiny: Tiny) -> None:
-    checkpoint = tiny(family)
+    assert_observed(tiny(family))
+
+
+def test_blocks_of_two_kinds_are_observed_as_one_model(tmp_path: Path) -> None:
+    """LFM2: convolutions, whose kernels are no stack of experts, before attention."""
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 96, "num_key_value_heads": 2}
+    config = transformers.Lfm2Config(**sizes, layer_types=["conv", "full_attention", "conv"])
+    transformers.Lfm2ForCausalLM(config).save_pretrained(tmp_path)
+    assert_observed(open_checkpoint(tmp_path))
+
+
+def assert_observed(checkpoint: Checkpoint) -> None:
     expected = inputs_by_hooks(checkpoint)
     found: dict[str, list[np.ndarray]] = {}
     for step in walk_blocks(ModelView(checkpoint), windows()):

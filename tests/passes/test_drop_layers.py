@@ -43,12 +43,18 @@ def test_transformers_without_the_block_gives_the_same_logits(
 
 def test_names_config_and_activations_are_renumbered(tiny: Callable[[str], Checkpoint]) -> None:
     before = tiny("llama")
-    config = {**before.config, "layer_types": ["full_attention", "sliding_attention"], "mlp_only_layers": [1]}
+    config = {
+        **before.config,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "mlp_only_layers": [1],
+        "full_attn_idxs": [0],
+    }
     activations = {f"model.layers.{i}.mlp": Activations("int8", scale=float(i)) for i in range(2)}
     after = dropped(before.replace(config=config, activations=activations), 0)
     assert after.config["num_hidden_layers"] == 1
     assert after.config["layer_types"] == ["sliding_attention"]
     assert after.config["mlp_only_layers"] == [0]
+    assert after.config["full_attn_idxs"] == []
     assert after.activations == {"model.layers.0.mlp": Activations("int8", scale=1.0)}
     assert not any(".layers.1." in name for name in after.weights)
     for name in (n for n in before.weights if ".layers.1." in n):
