@@ -1,7 +1,7 @@
 """Causal convolutions of single channels, by themselves and in LFM2's gated blocks. Their past has one size.
 
-| cache input | cache output   | shape                              | what it holds                         |
-|-------------|----------------|------------------------------------|---------------------------------------|
+| cache input | cache output   | shape                              | what it holds                          |
+|-------------|----------------|------------------------------------|----------------------------------------|
 | past_conv.i | present_conv.i | (batch_size, channels, kernel - 1) | inputs of the kernel before this token |
 
 Padding enters as zeros, as in transformers.

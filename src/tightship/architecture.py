@@ -13,7 +13,7 @@ import fnmatch
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any
@@ -204,7 +204,7 @@ class Architecture:
         return value not in rule.get("refused", ()) and ("allowed" not in rule or value in rule["allowed"])
 
 
-def _blocks(rule: TensorRule, hyper: Mapping[str, Any]) -> list[int]:
+def _blocks(rule: TensorRule, hyper: Mapping[str, Any]) -> Sequence[int]:
     """The blocks that have the rule's tensor.
 
     Raises:
@@ -212,10 +212,10 @@ def _blocks(rule: TensorRule, hyper: Mapping[str, Any]) -> list[int]:
     """
     blocks = range(*(int(literal(end, hyper)) for end in rule.blocks))
     if rule.layers is None:
-        return list(blocks)
+        return blocks
     marks, wanted = hyper[rule.layers.removeprefix("!")], not rule.layers.startswith("!")
     if not isinstance(marks, list):
-        marks = [marks] * blocks.stop
+        return blocks if bool(marks) == wanted else ()
     if len(marks) < blocks.stop:
         raise Malformed(f"config.json tells the kind of {len(marks)} layers, and the model has {blocks.stop}")
     return [i for i in blocks if bool(marks[i]) == wanted]
