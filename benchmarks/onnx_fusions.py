@@ -64,7 +64,7 @@ def unpacked(model: Model, config: dict[str, Any]) -> None:
             for node in nodes:
                 model.graph.node.insert(list(model.graph.node).index(attention), node)
             attention.input["qkv".index(letter)] = nodes[-1].output[0]
-        attention.input[7:9] = ["", ""]
+        attention.input[7:10] = ["", "", ""]
         next(a for a in attention.attribute if a.name == "do_rotary").i = 0
         model.graph.node.remove(whole)
 

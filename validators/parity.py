@@ -214,10 +214,11 @@ def cases_for(small: Checkpoint, *, decoder: bool) -> list[Case]:
     longest = min(40, int(hyper.get("context", 40)) - 4)
     rng = np.random.default_rng(1)
 
-    def case(name: str, lengths: Sequence[int], *, left: bool = False, prefill: int = 0) -> Case:
+    def case(name: str, lengths: Sequence[int], *, left: bool = False, prefill: int = 0, behind: int = 0) -> Case:
         mask = np.zeros((len(lengths), max(lengths)), np.int64)
         for row, length in enumerate(lengths):
             mask[row, slice(-length, None) if left else slice(length)] = 1
+        mask = np.pad(mask, ((0, 0), (0, behind)), constant_values=1)  # tokens that follow the padding
         ids = rng.integers(5, int(hyper["vocab"]), mask.shape)
         positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
         arrays = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
@@ -242,6 +243,8 @@ def cases_for(small: Checkpoint, *, decoder: bool) -> list[Case]:
             case("long decode", [longest], prefill=longest - 3),
             case("decode after left padding", [12, 8], left=True, prefill=9),
         ]
+    if small.architecture.task in DECODER_TASKS:
+        found.append(case("decode after right padding", [9, 6, 4], prefill=9, behind=3))
     return found
 
 

@@ -9,16 +9,17 @@
 The Concat goes when weights are placed: three products become one (exporters/onnx_joined.py). Four operators fewer in
 every block are what single tokens of a small model wait for (`benchmarks/onnx_fusions.py`).
 
-The operator looks angles up by place: column c of a batch stands at c, whatever is padding. Scores depend on
-differences of positions alone, so rows padded on the left come out right all the same, and `position_ids` is no input
-any more. The tables of cosines and sines are as long as the context; they are nodes on constants, which ONNX Runtime
-computes once when it loads the graph, so the file does not grow. Models whose tables would be large keep their
-RotaryEmbedding.
+The operator looks angles up by place. In a first prompt column c stands at c, whatever is padding; scores depend on
+differences of positions alone, so rows padded on the left come out right all the same. Later tokens are told where they
+stand: padding in front of a row counts, padding behind a prompt does not. `position_ids` is no input any more. The
+tables of cosines and sines are as long as the context; they are nodes on constants, which ONNX Runtime computes once
+when it loads the graph, so the file does not grow. Models whose tables would be large keep their RotaryEmbedding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
 MOST_ELEMENTS = 1 << 21  # of a table; 8 MiB
 _WIDTHS = 16  # what a head's width must be a multiple of
 _BY_ELEMENT = ("Cast", "Unsqueeze", "Mul", "Cos", "Sin")
-_COS = 7  # of GroupQueryAttention's inputs; sines follow
+_COS = 7  # of GroupQueryAttention's inputs; sines and places follow
 _QUERIES_KEYS_VALUES = 3
+_INT64 = 7
 
 
 def packs(checkpoint: Checkpoint) -> bool:
@@ -59,7 +61,8 @@ def pack_attention(model: ir.Model, context: int) -> int:
         angles |= {value: tables.of(value) for value in given if value not in angles}
         if any(angles[value] is None for value in given):
             continue
-        _rewrite(graph, node, products, turns, [angles[value] for value in given])
+        rotation = [*(angles[value] for value in given), tables.places] if turns else []
+        _rewrite(graph, node, products, turns, rotation)
         found += 1
     if found:
         tables.place()
@@ -104,7 +107,7 @@ def _number(node: ir.Node, name: str) -> int:
 
 
 def _rewrite(
-    graph: ir.Graph, node: ir.Node, products: list[ir.Value], turns: list[ir.Node], angles: list[ir.Value | None]
+    graph: ir.Graph, node: ir.Node, products: list[ir.Value], turns: list[ir.Node], rotation: list[ir.Value | None]
 ) -> None:
     import onnx_ir as ir
 
@@ -114,14 +117,18 @@ def _rewrite(
     for index, value in enumerate((joined.outputs[0], None, None)):
         node.replace_input_with(index, value)
     if turns:
-        for index, table in enumerate(angles, start=_COS):
-            node.replace_input_with(index, table)
+        for index, value in enumerate(rotation, start=_COS):
+            node.replace_input_with(index, value)
         node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 1)
         node.attributes["rotary_interleaved"] = ir.AttrInt64("rotary_interleaved", _number(turns[0], "interleaved"))
 
 
 class _Tables:
-    """Values (batch, sequence, pairs) that follow from `position_ids`, computed for every position there is."""
+    """Values (batch, sequence, pairs) that follow from `position_ids`, computed for every position there is.
+
+    Attributes:
+        nodes: that are to stand in front of the graph.
+    """
 
     def __init__(self, graph: ir.Graph, context: int) -> None:
         self.graph = graph
@@ -133,6 +140,18 @@ class _Tables:
         """(context, pairs) of a value; None if it does not follow element by element."""
         rows = self._rows(value) if value is not None else None
         return None if rows is None else self._op("Squeeze", [rows, self._constant("first", [0])])
+
+    @cached_property
+    def places(self) -> ir.Value:
+        """(batch, sequence) int64 of new tokens: how many tokens, and padding in front of all, come before each."""
+        inputs = {value.name: value for value in self.graph.inputs}
+        mask, one = inputs["attention_mask"], self._constant("step", 1)
+        tokens = self._op("CumSum", [mask, one])
+        leading = self._op("Cast", [self._op("Equal", [tokens, self._constant("start", 0)])], to=_INT64)
+        counted = self._op("CumSum", [self._op("Add", [mask, leading]), one])
+        new = self._op("Neg", [self._op("Shape", [inputs["input_ids"]], start=1, end=2)])
+        last = [new, self._constant("last", [np.iinfo(np.int64).max]), self._constant("axis", [1])]
+        return self._op("Slice", [self._op("Sub", [counted, one]), *last])
 
     def place(self) -> None:
         """Put the nodes in front of everything."""
@@ -162,10 +181,13 @@ class _Tables:
         bounds = [self._constant(word, n) for word, n in (("start", 0), ("stop", self.context), ("step", 1))]
         return self._op("Unsqueeze", [self._op("Range", bounds), self._constant("first", [0])])
 
-    def _op(self, kind: str, inputs: Sequence[ir.Value | None], attributes: Sequence[ir.Attr] = ()) -> ir.Value:
+    def _op(
+        self, kind: str, inputs: Sequence[ir.Value | None], attributes: Sequence[ir.Attr] = (), **numbers: int
+    ) -> ir.Value:
         import onnx_ir as ir
 
-        self.nodes.append(ir.Node("", kind, inputs, attributes))
+        more = [ir.AttrInt64(name, number) for name, number in numbers.items()]
+        self.nodes.append(ir.Node("", kind, inputs, [*attributes, *more]))
         return self.nodes[-1].outputs[0]
 
     def _constant(self, word: str, number: int | list[int]) -> ir.Value:

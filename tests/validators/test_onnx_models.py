@@ -15,6 +15,8 @@ import torch
 from transformers import GenerationConfig
 
 from tightship.exporters.onnx_candidates.direct import DirectCandidate
+from tightship.exporters.onnx_candidates.fused import FusedCandidate
+from tightship.exporters.onnx_candidates.skeleton import Candidate
 from tightship.modelview import ModelView
 from tightship.validators import parity, parity_model
 from tightship.validators.parity import ParityJudge
@@ -23,13 +25,15 @@ from tightship.weights import Alias
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 1e-5
-CASES = {"text-generation": 8, "text2text-generation": 8, "image-classification": 2}
+CASES = {"text-generation": 9, "text2text-generation": 8, "image-classification": 2}
 TEXT_CASES = 4
 STEPS, PROMPT = 64, 6
 LENGTHS = {"one": [6], "left": [6, 4, 5, 2], "right": [6, 4, 5, 2]}  # of the prompts
 STEPPED = ("MistralForCausalLM", "Gemma3ForCausalLM", "GPT2LMHeadModel", "BloomForCausalLM", "MptForCausalLM")
 STEPPED += ("MixtralForCausalLM", "GptOssForCausalLM", "DeepseekV3ForCausalLM", "MambaForCausalLM")
 STEPPED += ("HunYuanMoEV1ForCausalLM", "PhimoeForCausalLM", "Lfm2ForCausalLM", "FalconForCausalLM: ALiBi in bfloat16")
+STEPPED_FUSED = ("LlamaForCausalLM", "MistralForCausalLM", "GptOssForCausalLM", "FalconForCausalLM: ALiBi in bfloat16")
+DIRECT, FUSED = DirectCandidate(), FusedCandidate(DirectCandidate(), packed=True)
 TWO_STACKS = ("T5ForConditionalGeneration", "BartForConditionalGeneration", "MarianMTModel")
 # Kinds of model, and the biases of keys that no output can show.
 SEEN: dict[str, tuple[str, ...]] = {
@@ -122,12 +126,16 @@ def padded(lengths: list[int], *, left: bool) -> dict[str, np.ndarray]:
     return {"input_ids": ids, "attention_mask": mask, "position_ids": np.maximum(mask.cumsum(axis=1) - 1, 0)}
 
 
-@pytest.mark.parametrize("name", STEPPED)
-def test_64_steps_through_the_cache_are_one_pass(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "candidate"), [*((name, DIRECT) for name in STEPPED), *((name, FUSED) for name in STEPPED_FUSED)]
+)
+def test_64_steps_through_the_cache_are_one_pass(
+    name: str, candidate: Candidate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(parity_model, "CONTEXT", 2 * STEPS)
     model = next(m for m in MODELS if m.name.startswith(name))
     small = parity_model.small_checkpoint(TOOL.outline(model))
-    parity.write_candidate(DirectCandidate(), small, tmp_path)
+    parity.write_candidate(candidate, small, tmp_path)
     view = ModelView(small)
     module = view.module()
     for mode in parity.MODES:

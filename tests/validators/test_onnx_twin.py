@@ -30,7 +30,8 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def node(graph: onnx.GraphProto, op: str) -> onnx.NodeProto:
-    return next(found for found in graph.node if found.op_type == op)
+    """The last one of a type."""
+    return [found for found in graph.node if found.op_type == op][-1]
 
 
 def two_tokens(graph: onnx.GraphProto) -> None:

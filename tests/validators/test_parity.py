@@ -36,7 +36,7 @@ def verdict(candidate: object, checkpoint: Checkpoint) -> Judgement:
 def test_declarative_graphs_that_are_right(tiny: Tiny, family: str) -> None:
     found = verdict(MobiusCandidate(), tiny(family))
     assert found.passed, found.reason
-    assert len(found.cases) == 2 * 8
+    assert len(found.cases) == 2 * 9
     assert found.margin <= LIMIT
 
 
