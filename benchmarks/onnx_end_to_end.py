@@ -193,7 +193,7 @@ def export(kind: str, source: Path, target: Path, scheme: str) -> dict[str, Any]
 
 
 def speed(artifacts: Path, names: list[str], prompt: int, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """artifact -> part -> processor seconds a token of each round, the fastest pass."""
+    """artifact -> part -> seconds a token of each round, the fastest pass; and `memory`, bytes above the libraries."""
     from tightship.validators.bench import Bench, Plan, bench, subjects
 
     plan = Plan(prompt=prompt, decode=32, passes=3, rounds=1)
@@ -202,10 +202,11 @@ def speed(artifacts: Path, names: list[str], prompt: int, rounds: int) -> dict[s
     for _ in range(rounds):
         result: Bench = bench(artifacts, plan, chosen=random.sample(chosen, len(chosen)))
         for measured in result.measured:
-            held = found.setdefault(measured.subject.name, {})
+            held, answer = found.setdefault(measured.subject.name, {}), measured.rounds[0]
+            held.setdefault("memory", []).append(answer["memory"] - answer["memory_libraries"])
             for part, count in (("prefill", prompt), ("decode", plan.decode)):
                 for suffix in ("", "_cpu"):
-                    held.setdefault(f"{part}{suffix}", []).append(min(measured.rounds[0][f"{part}{suffix}"]) / count)
+                    held.setdefault(f"{part}{suffix}", []).append(min(answer[f"{part}{suffix}"]) / count)
     return found
 
 
@@ -295,12 +296,15 @@ def write(figures: dict[str, Any], folder: Path) -> None:
     for name, e in result["exports"].items():
         cells = (e["wall_s"], e["cpu_s"], e["resident_mib"], e["anonymous_mib"], e["file_mib"], e["load"])
         lines.append(f"| {name} | " + " | ".join(map(str, cells)) + " |")
-    lines += ["", "Tokens per second of processor time (best round), and ratios (above 1: the first is faster).", ""]
-    lines += ["| artifact | prompt | prefill | decode |", "|---|---|---|---|"]
+    about = "Tokens per second of processor time (best round), peak memory above the libraries (median), and ratios"
+    lines += ["", f"{about} (above 1: the first is faster).", ""]
+    lines += ["| artifact | prompt | prefill | decode | MiB |", "|---|---|---|---|---|"]
     for prompt, found in result["speeds"].items():
-        for name, parts in found.items():
+        for name, parts in sorted(found.items()):
             rates = [f"{1 / min(parts[key]):.1f}" for key in ("prefill_cpu", "decode_cpu")]
-            lines.append(f"| {name} | {prompt} | " + " | ".join(rates) + " |")
+            lines.append(
+                f"| {name} | {prompt} | {' | '.join(rates)} | {statistics.median(parts['memory']) / 2**20:.0f} |"
+            )
     lines += ["", "| first | second | prompt | prefill | decode |", "|---|---|---|---|---|"]
     for r in result["ratios"]:
         lines.append(f"| {r['ours']} | {r['theirs']} | {r['prompt']} | {r['prefill']} | {r['decode']} |")
