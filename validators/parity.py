@@ -43,7 +43,7 @@ METRIC = "rel_l2"
 GLOBAL_SHARE = 0.2  # of tokens, where a family has global ones
 MODES = ("graph", "shipped")
 # Versions that a verdict depends on; part of its key.
-_PACKAGES = ("onnxruntime", "onnx-ir", "torch", "transformers", "mobius-onnx")
+_PACKAGES = ("tightship", "onnxruntime", "onnx-ir", "torch", "transformers", "mobius-onnx")
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,9 @@ class ParityJudge:
         versions = {name: _version(name) for name in _PACKAGES}
         stored = {name: w for name, w in small.weights.items() if not isinstance(w, Alias)}
         shapes = {name: [*w.shape, w.layout.name if isinstance(w, Quantized) else ""] for name, w in stored.items()}
+        cases = [case.name for case in cases_for(small)]
         key = digest_json(
-            [candidate.source, candidate.rewrites, dict(small.config), small.architecture.task, shapes, versions]
+            [candidate.source, candidate.rewrites, dict(small.config), small.architecture.task, shapes, cases, versions]
         )
         if key not in self._memory:
             found = self._read(key)
@@ -191,7 +192,7 @@ def references(small: Checkpoint) -> list[Reference]:
     decoder = small.architecture.task in (*DECODER_TASKS, SEQ2SEQ)
     found = []
     with view.computing():
-        for case in cases_for(small, decoder=decoder):
+        for case in cases_for(small):
             # An encoder counts positions itself, each family in its own way, and so must its graph.
             given = {k: v for k, v in case.arrays.items() if k in accepted and (decoder or k != "position_ids")}
             inputs = {k: torch.from_numpy(v) for k, v in given.items()}
@@ -206,7 +207,7 @@ def _output(out: Any, name: str) -> np.ndarray:
     return np.asarray(value.float().numpy())
 
 
-def cases_for(small: Checkpoint, *, decoder: bool) -> list[Case]:
+def cases_for(small: Checkpoint) -> list[Case]:
     """See the module docstring; the longest prompt is longer than the window and rope's original context."""
     hyper = small.hyper
     if small.architecture.task == IMAGES:
@@ -236,7 +237,7 @@ def cases_for(small: Checkpoint, *, decoder: bool) -> list[Case]:
         case("long", [longest]),
         case("right padding", [11, 6, 9]),
     ]
-    if decoder:
+    if small.architecture.task in (*DECODER_TASKS, SEQ2SEQ):
         found += [
             case("left padding", [11, 6, 9], left=True),
             case("decode", [12, 12], prefill=5),

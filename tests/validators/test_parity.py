@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,7 @@ def test_none_left_is_unsupported_with_every_reason(tiny: Tiny) -> None:
         parity.ParityJudge()((MobiusCandidate(),), tiny("mistral"))
 
 
-def test_verdicts_are_kept_on_disk(tiny: Tiny, tmp_path: Path) -> None:
+def test_verdicts_are_kept_on_disk(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = parity.ParityJudge(tmp_path)((MobiusCandidate(),), tiny("llama"))
 
     class Broken(MobiusCandidate):
@@ -133,6 +134,10 @@ def test_verdicts_are_kept_on_disk(tiny: Tiny, tmp_path: Path) -> None:
     other = tiny("llama").replace(config={**tiny("llama").config, "rms_norm_eps": 1e-3})
     with pytest.raises(Unsupported, match="asked again"):
         parity.ParityJudge(tmp_path)((Broken(),), other)
+    cases = parity.cases_for(other)
+    monkeypatch.setattr(parity, "cases_for", lambda _: [*cases, replace(cases[0], name="another")])
+    with pytest.raises(Unsupported, match="asked again"):
+        parity.ParityJudge(tmp_path)((Broken(),), tiny("llama"))
 
 
 @pytest.mark.parametrize(
