@@ -1,7 +1,7 @@
 """ONNX of a small decoder: export time, memory and speed, against onnxruntime-genai's builder and torch capture.
 
-    python benchmarks/onnx_end_to_end.py [--layers 30] [--rounds 5] [--prompts 128 512] [--parts exports speed capture]
-                                         [--scratch DIR] [--out DIR]
+    python benchmarks/onnx_end_to_end.py [--layers 30] [--sittings 3] [--prompts 128 512]
+                                         [--parts exports memory speed capture] [--scratch DIR] [--out DIR]
 
 A Llama of random bfloat16 weights (576 wide, 9 heads over 3, vocabulary 49152, tied; 30 layers are 135 million) is
 written with a small tokenizer. Each export runs in a process of its own and is timed from the open call, imports
@@ -20,10 +20,11 @@ excluded, to the SHA-256 of every file written. Memory is the peak of the proces
 | builder-int4-last   | the same with `prune_lm_head`: logits of the last position alone, as ours are by default    |
 | capture-fp32        | torch.onnx.export(dynamo=True) of transformers' module, written by the same writer          |
 
-Speed is `tightship bench` in onnxruntime-genai, one thread, artifacts taking turns in another order each round; ratios
-are medians over rounds of processor time within a round, since wall time depends on what else runs. Writes
-onnx_end_to_end.json and .md. With `--scratch` models stay for a later run, and rounds are added to those in the
-results: it can be run in pieces.
+Speed is measured by benchmarks/onnx_turns.py: in onnxruntime-genai, one thread, all artifacts open in one process and
+taking turns pass by pass, a process for every sitting. Ratios are medians over all turns of processor time within a
+turn; `again` is ours-int4 once more, so its distance from 1 says what a ratio may mean nothing by. Memory is that of a
+process for each artifact (`tightship bench`). Writes onnx_end_to_end.json and .md. With `--scratch` models stay for a
+later run, and sittings are added to those in the results: it can be run in pieces.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ import hashlib
 import json
 import os
 import platform
-import random
 import shutil
 import statistics
 import subprocess
@@ -192,32 +192,33 @@ def export(kind: str, source: Path, target: Path, scheme: str) -> dict[str, Any]
     return dict(json.loads(found.stdout.splitlines()[-1]))
 
 
-def speed(artifacts: Path, names: list[str], prompt: int, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """artifact -> part -> seconds a token of each round, the fastest pass; and `memory`, bytes above the libraries."""
-    from tightship.validators.bench import Bench, Plan, bench, subjects
+def speed(paths: list[Path], prompt: int) -> dict[str, dict[str, list[float]]]:
+    """artifact -> part -> processor seconds a token of each turn, in one sitting."""
+    command = [sys.executable, "-P", str(Path(__file__).with_name("onnx_turns.py")), *map(str, paths)]
+    done = subprocess.run([*command, "--prompt", str(prompt)], stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(done.stdout))
 
-    plan = Plan(prompt=prompt, decode=32, passes=3, rounds=1)
+
+def memory(artifacts: Path, names: list[str], prompt: int) -> dict[str, int]:
+    """artifact -> MiB above the libraries after a prompt and some tokens."""
+    from tightship.validators.bench import Plan, bench, subjects
+
     chosen = [s for s in subjects(artifacts) if s.runtime == "onnxruntime-genai" and s.name in names]
-    found: dict[str, dict[str, list[float]]] = {}
-    for _ in range(rounds):
-        result: Bench = bench(artifacts, plan, chosen=random.sample(chosen, len(chosen)))
-        for measured in result.measured:
-            held, answer = found.setdefault(measured.subject.name, {}), measured.rounds[0]
-            held.setdefault("memory", []).append(answer["memory"] - answer["memory_libraries"])
-            for part, count in (("prefill", prompt), ("decode", plan.decode)):
-                for suffix in ("", "_cpu"):
-                    held.setdefault(f"{part}{suffix}", []).append(min(answer[f"{part}{suffix}"]) / count)
-    return found
+    found = bench(artifacts, Plan(prompt=prompt, decode=4, passes=1, rounds=1), chosen=chosen).measured
+    answers = {one.subject.name: one.rounds[0] for one in found}
+    return {name: (a["memory"] - a["memory_libraries"]) >> 20 for name, a in answers.items()}
 
 
 def ratio(found: dict[str, dict[str, list[float]]], ours_name: str, theirs: str, part: str) -> float:
-    """How many times as fast ours is: the median over rounds of their time over ours."""
-    pairs = zip(found[ours_name][f"{part}_cpu"], found[theirs][f"{part}_cpu"], strict=True)
+    """How many times as fast ours is: the median over turns of their time over ours."""
+    pairs = zip(found[ours_name][part], found[theirs][part], strict=True)
     return round(statistics.median(b / a for a, b in pairs), 3)
 
 
-PARTS = ("exports", "speed", "capture")
+PARTS = ("exports", "memory", "speed", "capture")
+AGAIN = "again"
 PAIRS = (
+    (AGAIN, "ours-int4"),
     ("ours-int4", "builder-int4"),
     ("ours-int4", "builder-int4-last"),
     ("ours-int4-all", "builder-int4"),
@@ -256,12 +257,17 @@ def run_all(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     if "capture" in options.parts:
         shutil.rmtree(scratch / "capture", ignore_errors=True)
         result["exports"]["capture-fp32"] = export("capture", source, scratch / "capture", "fp32")
+    shutil.rmtree(artifacts / AGAIN, ignore_errors=True)
+    shutil.copytree(artifacts / "ours-int4", artifacts / AGAIN)
     names = [f"{kind}-{scheme}" for kind, scheme in MADE]
-    for prompt in options.prompts if "speed" in options.parts else ():
-        held = result["speeds"].setdefault(str(prompt), {})
-        for name, parts in speed(artifacts, names, prompt, options.rounds).items():
-            for part, figures in parts.items():
-                held.setdefault(name, {}).setdefault(part, []).extend(figures)
+    for prompt in map(str, options.prompts) if "memory" in options.parts else ():
+        result["memory_mib"][prompt] = memory(artifacts, names, int(prompt))
+    for prompt in map(str, options.prompts) if "speed" in options.parts else ():
+        held = result["speeds"].setdefault(prompt, {})
+        for _ in range(options.sittings):
+            for name, parts in speed([artifacts / name for name in (*names, AGAIN)], int(prompt)).items():
+                for part, figures in parts.items():
+                    held.setdefault(name, {}).setdefault(part, []).extend(figures)
     result["ratios"] = [
         {"ours": a, "theirs": b, "prompt": prompt, **{part: ratio(found, a, b, part) for part in ("prefill", "decode")}}
         for prompt, found in result["speeds"].items()
@@ -275,8 +281,8 @@ def known(options: argparse.Namespace) -> dict[str, Any]:
     path = options.out / "onnx_end_to_end.json"
     held = json.loads(path.read_text()) if options.scratch and path.exists() else {}
     if held.get("layers") == options.layers and held.get("versions") == versions():
-        return {key: held[key] for key in ("layers", "exports", "speeds")}
-    return {"layers": options.layers, "exports": {}, "speeds": {}}
+        return {key: held[key] for key in ("layers", "exports", "memory_mib", "speeds")}
+    return {"layers": options.layers, "exports": {}, "memory_mib": {}, "speeds": {}}
 
 
 def versions() -> dict[str, str]:
@@ -296,15 +302,14 @@ def write(figures: dict[str, Any], folder: Path) -> None:
     for name, e in result["exports"].items():
         cells = (e["wall_s"], e["cpu_s"], e["resident_mib"], e["anonymous_mib"], e["file_mib"], e["load"])
         lines.append(f"| {name} | " + " | ".join(map(str, cells)) + " |")
-    about = "Tokens per second of processor time (best round), peak memory above the libraries (median), and ratios"
+    about = "Tokens per second of processor time (fastest turn), peak memory above the libraries, and ratios"
     lines += ["", f"{about} (above 1: the first is faster).", ""]
     lines += ["| artifact | prompt | prefill | decode | MiB |", "|---|---|---|---|---|"]
     for prompt, found in result["speeds"].items():
         for name, parts in sorted(found.items()):
-            rates = [f"{1 / min(parts[key]):.1f}" for key in ("prefill_cpu", "decode_cpu")]
-            lines.append(
-                f"| {name} | {prompt} | {' | '.join(rates)} | {statistics.median(parts['memory']) / 2**20:.0f} |"
-            )
+            rates = [f"{1 / min(parts[key]):.1f}" for key in ("prefill", "decode")]
+            peak = result["memory_mib"].get(prompt, {}).get(name, "")
+            lines.append(f"| {name} | {prompt} | {' | '.join(rates)} | {peak} |")
     lines += ["", "| first | second | prompt | prefill | decode |", "|---|---|---|---|---|"]
     for r in result["ratios"]:
         lines.append(f"| {r['ours']} | {r['theirs']} | {r['prompt']} | {r['prefill']} | {r['decode']} |")
@@ -317,7 +322,7 @@ def write(figures: dict[str, Any], folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sittings", type=int, default=3)
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--scratch", type=Path, help="where models stay for a later run")
