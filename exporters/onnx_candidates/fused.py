@@ -9,9 +9,8 @@ GroupQueryAttention appends to the cache in place where the client gives past an
 it faster at long contexts. By itself it is wrong for padded batches: it takes a row's length for its number of unmasked
 tokens, counted from the left. So the mask stays what it was and goes in as `attention_bias`, every row is said to be as
 long as the longest (`seqlens_k` = total - 1), and positions are applied before it (`do_rotary` = 0) or by place: exact
-for padding on either side. Windows are in the mask. Where heads have sinks, caches
-are no longer copied to be padded by one key (`benchmarks/onnx_sinks.py`). Definition: ContribOperators.md of ONNX
-Runtime.
+for padding on either side. Windows are in the mask. Where heads have sinks, caches are no longer copied to be padded by
+one key (`benchmarks/onnx_sinks.py`). Definition: ContribOperators.md of ONNX Runtime.
 
 SkipSimplifiedLayerNormalization is left out: its kernel takes one and a half times as long as Add and RMSNormalization
 (`benchmarks/onnx_norms.py`). One product for queries, keys and values: packed.py.

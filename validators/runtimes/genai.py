@@ -50,14 +50,14 @@ def run(job: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[dict[str, A
 
 
 def _completed(found: np.ndarray, job: dict[str, Any], prompts: np.ndarray) -> np.ndarray:
-    """(b, s, vocab): what the shipped graph gave, behind what the graph of all logits gives of the prefill."""
+    """(b, s, vocab): what the shipped graph gave, behind what the graph of all logits gives of the tokens before."""
     missing = prompts.shape[1] - found.shape[1]
     if not missing:
         return found
-    whole = logits(_opened(job, job.get("main")), prompts, int(job.get("decode", DECODE)))
-    if whole.shape[1] < prompts.shape[1]:  # there is no graph of all: then every token is a step
+    before = logits(_opened(job, job.get("main")), prompts[:, :missing], 0)
+    if before.shape[1] < missing:  # there is no graph of all: then every token is a step
         return logits(_opened(job), prompts, prompts.shape[1] - 1)
-    return np.concatenate([whole[:, :missing], found], axis=1)
+    return np.concatenate([before, found], axis=1)
 
 
 def _opened(job: dict[str, Any], main: str | None = None) -> og.Model:
